@@ -1,0 +1,208 @@
+package masq
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"pgregory.net/rapid"
+	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/subnet"
+)
+
+func network(t testing.TB, prefixes ...string) subnet.Network {
+	t.Helper()
+	var ranges []subnet.Range
+	for _, p := range prefixes {
+		ranges = append(ranges, subnet.Range{Prefix: netip.MustParsePrefix(p)})
+	}
+	n, err := subnet.NewNetwork(ranges...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func dualStack(t testing.TB) Config {
+	return Config{
+		Network: network(t, "10.244.0.0/16", "fd00:10:244::/48"),
+		Subnets: []netip.Prefix{netip.MustParsePrefix("10.244.3.0/24"), netip.MustParsePrefix("fd00:10:244:3::/64")},
+		Port:    8472,
+	}
+}
+
+func commands(ops []backend.Op) string {
+	var b strings.Builder
+	for _, op := range ops {
+		b.WriteString(op.String() + "\n")
+	}
+	return b.String()
+}
+
+func TestFreshNodeGetsItsFilter(t *testing.T) {
+	c := dualStack(t)
+	c.Network, c.Subnets = network(t, "10.244.0.0/16"), c.Subnets[:1]
+	want := strings.NewReplacer("#", "-m comment --comment tweed",
+		"%", "-j MASQUERADE --to-ports 8473-65535 --random-fully").Replace(`iptables -t filter -N TWEED-FWD
+iptables -t filter -I TWEED-FWD 1 -s 10.244.0.0/16 # -j ACCEPT
+iptables -t filter -I TWEED-FWD 2 -d 10.244.0.0/16 # -j ACCEPT
+iptables -t nat -N TWEED-POSTRTG
+iptables -t nat -I TWEED-POSTRTG 1 -m mark --mark 0x4000/0x4000 # -j RETURN
+iptables -t nat -I TWEED-POSTRTG 2 -s 10.244.0.0/16 -d 10.244.0.0/16 # -j RETURN
+iptables -t nat -I TWEED-POSTRTG 3 -s 10.244.3.0/24 -d 224.0.0.0/4 # -j RETURN
+iptables -t nat -I TWEED-POSTRTG 4 ! -s 10.244.0.0/16 -d 10.244.3.0/24 # -j RETURN
+iptables -t nat -I TWEED-POSTRTG 5 ! -s 10.244.0.0/16 -d 10.244.0.0/16 -p udp # %
+iptables -t nat -I TWEED-POSTRTG 6 ! -s 10.244.0.0/16 -d 10.244.0.0/16 # -j MASQUERADE --random-fully
+iptables -t nat -I TWEED-POSTRTG 7 -s 10.244.3.0/24 ! -d 10.244.0.0/16 -p udp # %
+iptables -t nat -I TWEED-POSTRTG 8 -s 10.244.3.0/24 ! -d 10.244.0.0/16 # -j MASQUERADE --random-fully
+iptables -t filter -A FORWARD # -j TWEED-FWD
+iptables -t nat -A POSTROUTING # -j TWEED-POSTRTG
+`)
+	if got := commands(Diff(c.Desired(), Ruleset{})); got != want {
+		t.Errorf("got:\n%s\nwant:\n%s", got, want)
+	}
+}
+
+func TestFamilyThatTheNetworkLacksGetsNoRules(t *testing.T) {
+	c := dualStack(t)
+	c.Network = network(t, "fd00:10:244::/48")
+	for chain, rules := range c.Desired().Chains {
+		if chain.Family != IPv6 {
+			t.Errorf("%s %v in an IPv6 network", chain.Family.Command(), chain)
+		}
+		for _, r := range rules {
+			if r.Src.IsValid() && r.Src.Addr().Is4() || r.Dst.IsValid() && r.Dst.Addr().Is4() {
+				t.Errorf("IPv4 in an IPv6 rule: %v", r.Args())
+			}
+		}
+	}
+}
+
+func TestRuleThatTakesEveryPacketIsOvertaken(t *testing.T) {
+	want := dualStack(t).Desired()
+	ops := commands(Diff(want, Ruleset{Ends: map[Chain]int{{IPv4, FilterTable, BaseForward}: 3}}))
+	for _, line := range []string{
+		"iptables -t filter -I FORWARD 3 -m comment --comment tweed -j TWEED-FWD\n",
+		"ip6tables -t filter -A FORWARD -m comment --comment tweed -j TWEED-FWD\n",
+	} {
+		if !strings.Contains(ops, line) {
+			t.Errorf("no %q in\n%s", line, ops)
+		}
+	}
+}
+
+func TestCleanupLeavesBeforeItEmpties(t *testing.T) {
+	c := dualStack(t)
+	c.Network, c.Subnets = network(t, "10.244.0.0/16"), c.Subnets[:1]
+	want := `iptables -t filter -D FORWARD -m comment --comment tweed -j TWEED-FWD
+iptables -t nat -D POSTROUTING -m comment --comment tweed -j TWEED-POSTRTG
+iptables -t filter -F TWEED-FWD && iptables -t filter -X TWEED-FWD
+iptables -t nat -F TWEED-POSTRTG && iptables -t nat -X TWEED-POSTRTG
+`
+	if got := commands(Diff(Ruleset{}, c.Desired())); got != want {
+		t.Errorf("got:\n%s\nwant:\n%s", got, want)
+	}
+}
+
+func TestTranslatedPacketsNeverLeaveFromTheTunnelsPort(t *testing.T) {
+	for port, want := range map[uint16]PortRange{
+		1: {1024, 65535}, 1023: {1024, 65535}, 1024: {1025, 65535}, 4789: {4790, 65535}, 8472: {8473, 65535},
+		33279: {33280, 65535}, 33280: {1024, 33279}, 65535: {1024, 65534},
+	} {
+		if got := portsBeside(port); got != want {
+			t.Errorf("beside port %d: %v, want %v", port, got, want)
+		}
+	}
+}
+
+// drawRuleset draws from few rules, so that chains share, repeat and reorder them.
+func drawRuleset(t *rapid.T, label string) Ruleset {
+	some := dualStackRules()
+	r := Ruleset{Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}}
+	for _, c := range []Chain{{IPv4, FilterTable, Forward}, {IPv4, NatTable, Postrouting}, {IPv6, NatTable, Postrouting}} {
+		if !rapid.Bool().Draw(t, label+" has chain") {
+			continue
+		}
+		r.Chains[c] = rapid.SliceOfN(rapid.SampledFrom(some), 0, 8).Draw(t, label)
+		if rapid.Bool().Draw(t, label+" has jump") {
+			r.Jumps[Jump{Chain: c, From: BaseForward}] = true
+		}
+	}
+	return r
+}
+
+func dualStackRules() []Rule {
+	pod, own := netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("10.244.3.0/24")
+	return []Rule{
+		{Mark: kubeProxyMark, Verdict: Return}, {Src: pod, Dst: pod, Verdict: Return},
+		{Src: own, Dst: pod, NotDst: true, Verdict: Masquerade}, {Dst: own, Verdict: Return},
+		{Unknown: "-s 192.0.2.1/32 -j DROP"},
+	}
+}
+
+func TestDiffReachesWantFromAnyHave(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		want, now := drawRuleset(t, "want"), drawRuleset(t, "have")
+		for _, rules := range want.Chains {
+			for i := range rules {
+				rules[i].Unknown = strings.Replace(rules[i].Unknown, "DROP", "ACCEPT", 1)
+			}
+		}
+		ops := Diff(want, now)
+		stopped := rapid.IntRange(0, len(ops)).Draw(t, "stopped after")
+		for i, op := range ops {
+			if i == stopped { // killed here: the next start begins with what is there
+				break
+			}
+			if err := now.Apply(op); err != nil {
+				t.Fatalf("%s: %v", op, err)
+			}
+		}
+		for _, op := range Diff(want, now) {
+			if err := now.Apply(op); err != nil {
+				t.Fatalf("%s: %v", op, err)
+			}
+		}
+		if !maps.EqualFunc(want.Chains, now.Chains, slices.Equal) || !maps.Equal(want.Jumps, now.Jumps) {
+			t.Fatalf("reached %v\nwant %v", now, want)
+		}
+		if ops := Diff(want, now); len(ops) > 0 {
+			t.Fatalf("nothing to do, but:\n%s", commands(ops))
+		}
+	})
+}
+
+// Whatever subnet follows on whatever subnet, no packet between pods is translated in any moment of the change.
+func TestChangeOfSubnetNeverTranslatesBetweenPods(t *testing.T) {
+	c := dualStack(t)
+	now := c.Desired()
+	c.Subnets = []netip.Prefix{netip.MustParsePrefix("10.244.9.0/24"), netip.MustParsePrefix("fd00:10:244:9::/64")}
+	ops := Diff(c.Desired(), now)
+	if len(ops) == 0 {
+		t.Fatal("no operations for a new subnet")
+	}
+	for _, op := range ops {
+		if err := now.Apply(op); err != nil {
+			t.Fatalf("%s: %v", op, err)
+		}
+		for chain, rules := range now.Chains {
+			if chain.Name == Postrouting && translatesPods(rules) {
+				t.Errorf("after %s a rule that masquerades stands above the exception for pods:\n%v", op, rules)
+			}
+		}
+	}
+}
+
+func translatesPods(rules []Rule) bool {
+	for _, r := range rules {
+		switch {
+		case r.Verdict == Masquerade:
+			return true
+		case r.Verdict == Return && r.Src == r.Dst:
+			return false
+		}
+	}
+	return false
+}

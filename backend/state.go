@@ -1,0 +1,197 @@
+// Package backend describes kernel state as plain values, and the way from one state to another as operations.
+//
+// It is pure. Packages vxlan and bridge say what the kernel should hold, package kernel reads and changes what it does
+// hold, and Diff, in between, compares two values of one type.
+package backend
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+)
+
+// Owner marks what is ours in the kernel: the group of our links (IFLA_GROUP) and the protocol of our routes and rules
+// (RTA_PROTOCOL, FRA_PROTOCOL). What does not carry it belongs to somebody else, even when it points at our device.
+const Owner = 116
+
+// State is what one host's kernel holds of ours, or should hold. Each map is keyed by what the kernel tells two such
+// objects apart by.
+type State struct {
+	Links   map[string]Link
+	Addrs   map[AddrKey]Addr
+	Neighs  map[NeighKey]Neigh
+	FDB     map[FDBKey]FDBEntry
+	Routes  map[RouteKey]Route
+	Rules   map[RuleKey]Rule
+	Sysctls map[string]Sysctl
+}
+
+// Observed is what a host's kernel holds: what is ours, and what is not ours but stands where something of ours should.
+type Observed struct {
+	State
+	Strangers []Stranger
+}
+
+// A Stranger occupies a key that we want. We leave it alone and say so.
+type Stranger struct {
+	// Key is that of the object it stands in the way of: a link's name, an AddrKey, a RouteKey, a RuleKey.
+	Key any
+	// What describes the stranger as a person would, with the way out: what to remove, or what to choose instead.
+	What string
+}
+
+// LinkKind is the kernel's name for the kind of a link (IFLA_INFO_KIND).
+type LinkKind string
+
+// The kinds of link that we create.
+const (
+	KindVXLAN  LinkKind = "vxlan"
+	KindBridge LinkKind = "bridge"
+)
+
+// A Link is a network device of ours. Of VXLAN and Bridge only the one that Type names is set.
+type Link struct {
+	Name   string
+	Type   LinkKind
+	MAC    MAC
+	MTU    int // bytes
+	Up     bool
+	VXLAN  VXLAN
+	Bridge Bridge
+}
+
+// VXLAN holds what is particular to a VXLAN device.
+type VXLAN struct {
+	VNI      uint32
+	Port     uint16     // UDP destination port
+	Local    netip.Addr // source of encapsulated packets; its family is the underlay's
+	Dev      string     // underlay device; empty where packets may leave by several
+	Learning bool       // learn FDB entries from received packets
+	// NoTxChecksum turns the device's transmit checksum offload off, for kernels and NICs that break it.
+	NoTxChecksum bool
+}
+
+// Bridge holds what is particular to a bridge.
+type Bridge struct {
+	McastSnooping bool
+	// CallIptables and CallIp6tables pass bridged packets through the packet filter (IFLA_BR_NF_CALL_IPTABLES).
+	CallIptables, CallIp6tables bool
+}
+
+// AddrKey tells addresses apart.
+type AddrKey struct {
+	Dev    string
+	Prefix netip.Prefix // the address with its prefix length, not masked
+}
+
+// An Addr is an address on a device of ours. Link-local addresses that the kernel makes are not ours.
+type Addr struct {
+	AddrKey
+	// NoDAD spares an IPv6 address the duplicate address detection (IFA_F_NODAD).
+	NoDAD bool
+	// NoPrefixRoute keeps the kernel from adding a route for the prefix (IFA_F_NOPREFIXROUTE).
+	NoPrefixRoute bool
+}
+
+// NeighKey tells neighbour entries apart.
+type NeighKey struct {
+	Dev  string
+	Addr netip.Addr
+}
+
+// A Neigh is a permanent neighbour (ARP or ND) entry on a VXLAN device of ours.
+type Neigh struct {
+	NeighKey
+	MAC MAC
+	// Peer is the node that the entry is for. The kernel does not hold it, and it does not count in comparisons.
+	Peer string
+}
+
+// FDBKey tells forwarding database entries apart.
+type FDBKey struct {
+	Dev string
+	MAC MAC
+}
+
+// An FDBEntry says which host a VTEP's MAC is reached at, on a VXLAN device of ours.
+type FDBEntry struct {
+	FDBKey
+	Dst netip.Addr
+	// Peer is as in Neigh.
+	Peer string
+}
+
+// MainTable is the routing table that every packet is looked up in (RT_TABLE_MAIN).
+const MainTable = 254
+
+// RouteKey tells routes apart. The address family is the destination's.
+type RouteKey struct {
+	Table  int // mostly MainTable
+	Dst    netip.Prefix
+	Metric int // 0 is written as the kernel's default: 0 for IPv4, 1024 for IPv6
+}
+
+// A Route is a route with protocol Owner.
+type Route struct {
+	RouteKey
+	Dev    string
+	Via    netip.Addr // invalid for a destination on the link
+	Src    netip.Addr // preferred source, or invalid
+	Onlink bool       // take Via to be on the link although no route says so
+	// Peer is as in Neigh.
+	Peer string
+}
+
+// RuleKey tells policy routing rules apart.
+type RuleKey struct {
+	Priority int
+	From, To netip.Prefix
+	Table    int
+}
+
+// A Rule is a policy routing rule with protocol Owner.
+type Rule struct{ RuleKey }
+
+// A Sysctl is one kernel setting. Name is its path below /proc/sys, such as net/ipv4/ip_forward.
+type Sysctl struct {
+	Name, Value string
+}
+
+// MAC is a 48-bit hardware address. Unlike net.HardwareAddr it can be compared.
+type MAC [6]byte
+
+// ParseMAC reads the form aa:bb:cc:dd:ee:ff.
+func ParseMAC(s string) (MAC, error) {
+	hw, err := net.ParseMAC(s)
+	if err != nil || len(hw) != len(MAC{}) {
+		return MAC{}, fmt.Errorf("%q is not a MAC address of the form 0a:58:0a:f4:03:02", s)
+	}
+	return MAC(hw), nil
+}
+
+func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
+
+// IsUnicast reports whether one interface can have the address: not the zero address, and the group bit clear.
+func (m MAC) IsUnicast() bool { return m != MAC{} && m[0]&1 == 0 }
+
+// LinkLocal is the IPv6 link-local address made from m as a modified EUI-64 identifier (RFC 4291, appendix A).
+func (m MAC) LinkLocal() netip.Addr {
+	return netip.AddrFrom16([16]byte{
+		0xfe, 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5],
+	})
+}
+
+// MarshalJSON writes m in the form that ParseMAC reads.
+func (m MAC) MarshalJSON() ([]byte, error) { return json.Marshal(m.String()) }
+
+// UnmarshalJSON reads what MarshalJSON writes.
+func (m *MAC) UnmarshalJSON(b []byte) error {
+	var s string
+	if err := json.Unmarshal(b, &s); err != nil {
+		return err
+	}
+	var err error
+	*m, err = ParseMAC(s)
+	return err
+}

@@ -1,0 +1,88 @@
+package vxlan
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strconv"
+
+	"tweed.dev/tweed/backend"
+)
+
+const maxVNI = 1<<24 - 1 // RFC 7348, section 5: 24 bits
+
+// Data is what a lease says for others to reach its node's VTEP.
+type Data struct {
+	VNI  uint32      `json:"vni"`
+	Port uint16      `json:"port"`
+	MAC  backend.MAC `json:"mac"`
+}
+
+// Data is this node's own, as it goes into its leases.
+func (c Config) Data() json.RawMessage {
+	return append(append(c.dataPrefix(), MAC(c.Node).String()...), dataSuffix...)
+}
+
+// A node's Data is a prefix that all nodes share, its MAC, and a suffix.
+func (c Config) dataPrefix() []byte {
+	b := make([]byte, 0, 64)
+	b = strconv.AppendUint(append(b, `{"vni":`...), uint64(c.VNI), 10)
+	b = strconv.AppendUint(append(b, `,"port":`...), uint64(c.Port), 10)
+	return append(b, `,"mac":"`...)
+}
+
+const dataSuffix = `"}`
+
+// ParseData reads the Data of a lease. Keys that it does not know are left for later versions.
+func ParseData(raw json.RawMessage) (Data, error) {
+	var keys map[string]json.RawMessage
+	if err := json.Unmarshal(raw, &keys); err != nil || keys == nil {
+		return Data{}, fmt.Errorf(`%s is not a JSON object like {"vni":1,"port":8472,"mac":"0e:6b:2c:01:02:03"}`, quote(raw))
+	}
+	var d Data
+	for _, f := range []struct {
+		key  string
+		to   any
+		good func() bool
+		want string
+	}{
+		{"vni", &d.VNI, func() bool { return 0 < d.VNI && d.VNI <= maxVNI }, "a VNI from 1 to 16777215"},
+		{"port", &d.Port, func() bool { return d.Port != 0 }, "a UDP port from 1 to 65535"},
+		{"mac", &d.MAC, func() bool { return d.MAC.IsUnicast() }, "one interface's MAC address such as 0e:6b:2c:01:02:03"},
+	} {
+		v, ok := keys[f.key]
+		if !ok {
+			return Data{}, fmt.Errorf("%s has no %q", quote(raw), f.key)
+		}
+		if json.Unmarshal(v, f.to) != nil || !f.good() {
+			return Data{}, fmt.Errorf("%q is %s, not %s", f.key, quote(v), f.want)
+		}
+	}
+	return d, nil
+}
+
+// parse is ParseData, but quick where raw is just as this node would write it. Nearly all of it is, and there are
+// thousands.
+func (c Config) parse(raw json.RawMessage) (Data, error) {
+	rest, ours := bytes.CutPrefix(raw, c.dataPrefix())
+	text, whole := bytes.CutSuffix(rest, []byte(dataSuffix))
+	if ours && whole {
+		if m, err := backend.ParseMAC(string(text)); err == nil && m.IsUnicast() {
+			return Data{VNI: c.VNI, Port: c.Port, MAC: m}, nil
+		}
+	}
+	return ParseData(raw)
+}
+
+// quote shows a value that somebody else wrote: shortened, and nothing in it that a terminal obeys.
+func quote(v []byte) string {
+	const most = 80
+	if len(v) > most {
+		return fmt.Sprintf("%q...", v[:most])
+	}
+	odd := func(r rune) bool { return r < ' ' || r > '~' }
+	if json.Valid(v) && bytes.IndexFunc(v, odd) < 0 {
+		return string(v)
+	}
+	return fmt.Sprintf("%q", v)
+}

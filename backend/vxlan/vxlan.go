@@ -1,0 +1,149 @@
+// Package vxlan says what the kernel must hold for VXLAN to reach every lease.
+//
+// One device carries both families of pod addresses over one family of the underlay. It learns nothing: each peer has
+// one FDB entry, and per lease a permanent neighbour and a route, so that no packet ever waits for an answer.
+package vxlan
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"net/netip"
+	"strconv"
+
+	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/subnet"
+)
+
+// Name is what leases call this backend.
+const Name = "vxlan"
+
+// Bytes that VXLAN adds to a packet: the inner Ethernet header (14), VXLAN (8), UDP (8) and the outer IPv4 (20) or IPv6
+// (40) header (RFC 7348, section 5).
+const (
+	overhead4 = 50
+	overhead6 = 70
+)
+
+// A Config is what all nodes have to agree on, and this node's own part.
+type Config struct {
+	Node string // this node's name
+	VNI  uint32
+	Port uint16 // UDP
+	// MTU is the underlay's MTU to assume, in bytes; 0 for the uplink's.
+	MTU int
+	// NoTxChecksum is as in backend.VXLAN.
+	NoTxChecksum bool
+	// Underlay is the family of addresses that encapsulated packets travel between: 4 or 6.
+	Underlay int
+}
+
+// DeviceName is the name of the device for a VNI.
+func DeviceName(vni uint32) string { return "tweed." + strconv.FormatUint(uint64(vni), 10) }
+
+// MAC is the VTEP's address on a node: locally administered, unicast, and always the same for one name, so that a
+// device made anew needs nothing from anybody.
+func MAC(node string) backend.MAC {
+	sum := sha256.Sum256([]byte("tweed vtep " + node))
+	m := backend.MAC(sum[:6])
+	m[0] = m[0]&^1 | 2
+	return m
+}
+
+// Judge refuses a lease that this backend cannot reach. What no two nodes may share is the VTEP's MAC: the FDB is keyed
+// by it.
+func (c Config) Judge(l subnet.Lease) (identity string, err error) {
+	if l.Backend != Name {
+		return "", fmt.Errorf("backend %q where this node has %q: all nodes must run the same backend", l.Backend, Name)
+	}
+	d, err := c.parse(l.Data)
+	if err != nil {
+		return "", fmt.Errorf("backend-data: %w", err)
+	}
+	switch {
+	case d.VNI != c.VNI:
+		return "", fmt.Errorf("backend-data: VNI %d where this node has %d: Backend.VNI must be the same on all nodes",
+			d.VNI, c.VNI)
+	case d.Port != c.Port:
+		return "", fmt.Errorf("backend-data: UDP port %d where this node has %d: Backend.Port must be the same on all nodes",
+			d.Port, c.Port)
+	case l.Host.IsValid() && l.Host.Is4() != (c.Underlay == 4):
+		return "", fmt.Errorf("host %s where this node sends over IPv%d: the underlay must have the same family on all nodes",
+			l.Host, c.Underlay)
+	}
+	return d.MAC.String(), nil
+}
+
+// DeviceMTU is that of the device, and so of pods, in bytes. The kernel refuses one that the uplink has no room for.
+func (c Config) DeviceMTU(up backend.Uplink) int {
+	mtu := up.MTU
+	if c.MTU != 0 && (c.MTU < mtu || mtu == 0) {
+		mtu = c.MTU
+	}
+	if up.Local.Is4() {
+		return mtu - overhead4
+	}
+	return mtu - overhead6
+}
+
+// Desired is what this node's kernel must hold to reach peers, given its own leases. The peers' leases have passed
+// Judge.
+func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.State {
+	dev := DeviceName(c.VNI)
+	s := backend.State{
+		Links:  map[string]backend.Link{dev: c.link(dev, up)},
+		Addrs:  make(map[backend.AddrKey]backend.Addr, len(self)),
+		Neighs: make(map[backend.NeighKey]backend.Neigh, len(peers)),
+		FDB:    make(map[backend.FDBKey]backend.FDBEntry, len(peers)),
+		Routes: make(map[backend.RouteKey]backend.Route, len(peers)),
+	}
+	// A host that does not forward IPv6 believes router advertisements, and one could come out of the tunnel.
+	ra := "net/ipv6/conf/" + dev + "/accept_ra"
+	s.Sysctls = map[string]backend.Sysctl{ra: {Name: ra, Value: "0"}}
+	for _, l := range self {
+		a := ownAddr(dev, l.Subnet.Addr())
+		s.Addrs[a.AddrKey] = a
+	}
+	for _, l := range peers {
+		if d, err := c.parse(l.Data); err == nil {
+			reach(s, dev, l, d.MAC)
+		}
+	}
+	return s
+}
+
+func (c Config) link(dev string, up backend.Uplink) backend.Link {
+	v := backend.VXLAN{VNI: c.VNI, Port: c.Port, Local: up.Local, NoTxChecksum: c.NoTxChecksum}
+	// With the address on lo, or several uplinks, routing has to choose where a packet leaves.
+	if len(up.Devs) == 1 && up.Devs[0] != "lo" {
+		v.Dev = up.Devs[0]
+	}
+	return backend.Link{Name: dev, Type: backend.KindVXLAN, MAC: MAC(c.Node), MTU: c.DeviceMTU(up), Up: true, VXLAN: v}
+}
+
+// ownAddr is the address that this node's own packets into the tunnel have. In IPv4 it is the subnet's first, which is
+// the gateway that peers route to. In IPv6 the first is an anycast address of every router on the subnet (RFC 4291,
+// section 2.6.1) and the second the bridge's, so it is the third.
+func ownAddr(dev string, first netip.Addr) backend.Addr {
+	if first.Is4() {
+		return backend.Addr{AddrKey: backend.AddrKey{Dev: dev, Prefix: netip.PrefixFrom(first, 32)}}
+	}
+	third := first.Next().Next()
+	return backend.Addr{AddrKey: backend.AddrKey{Dev: dev, Prefix: netip.PrefixFrom(third, 128)}, NoDAD: true}
+}
+
+// reach adds to s what leads to one lease of a peer.
+func reach(s backend.State, dev string, l subnet.Lease, mac backend.MAC) {
+	fdb := backend.FDBKey{Dev: dev, MAC: mac}
+	s.FDB[fdb] = backend.FDBEntry{FDBKey: fdb, Dst: l.Host, Peer: l.Node}
+
+	// IPv6 goes by the VTEP's link-local address, which is on the link without a word: replacing a route fails with
+	// EINVAL where it has onlink and a route to the gateway exists on another device.
+	gateway, onlink := mac.LinkLocal(), false
+	if l.Subnet.Addr().Is4() {
+		gateway, onlink = l.Subnet.Addr(), true
+	}
+	neigh := backend.NeighKey{Dev: dev, Addr: gateway}
+	s.Neighs[neigh] = backend.Neigh{NeighKey: neigh, MAC: mac, Peer: l.Node}
+	route := backend.RouteKey{Table: backend.MainTable, Dst: l.Subnet}
+	s.Routes[route] = backend.Route{RouteKey: route, Dev: dev, Via: gateway, Onlink: onlink, Peer: l.Node}
+}
