@@ -1,0 +1,45 @@
+# Run as root: tests and the lab make network namespaces.
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unreleased)
+GOFLAGS_BUILD := -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+
+# What tests and the lab call, by the names of Debian's packages.
+PACKAGES := ca-certificates containernetworking-plugins crun ethtool iproute2 iptables iputils-ping nftables podman \
+            procps tcpdump util-linux
+
+.PHONY: all build test unit e2e lab lint bench packages clean
+
+all: build
+
+build: ## bin/tweed and bin/tweed-cni
+	CGO_ENABLED=0 go build $(GOFLAGS_BUILD) -o bin/ ./cmd/tweed ./cmd/tweed-cni
+
+test: packages build unit e2e ## everything that proves this checkout
+
+unit: ## unit, property, script and kernel tests
+	go vet ./...
+	go test -timeout 15m ./...
+
+e2e: ## a real API server, and nodes in network namespaces
+	cd e2e && go vet ./... && go test -timeout 45m -v ./...
+
+lab: packages build ## a small cluster on this machine, to play with
+	bin/tweed lab up
+
+lint:
+	gofmt -l $$(git ls-files '*.go') | (! grep .)
+	go vet ./...
+	go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0 run ./...
+
+bench: packages build ## figures: ratios of medians beside a floor
+	go test -run '^$$' -bench . -benchtime 20x ./backend/... ./subnet/... ./overlay/...
+
+packages: # only what is missing, so that a second run needs no network
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		echo "installing" $$missing; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	fi
+
+clean:
+	rm -rf bin e2e/.bin

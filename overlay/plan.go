@@ -1,0 +1,301 @@
+package overlay
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+
+	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/bridge"
+	"tweed.dev/tweed/backend/masq"
+	"tweed.dev/tweed/backend/vxlan"
+	"tweed.dev/tweed/overlay/podnet"
+	"tweed.dev/tweed/subnet"
+)
+
+// leastMTU6 is what a link must carry for the kernel to speak IPv6 on it, in bytes (RFC 8200, section 5).
+const leastMTU6 = 1280
+
+// BridgeName is the bridge that this node's pods are ports of.
+const BridgeName = "tweed0"
+
+// A Planner works out what a pass has to do. It changes nothing. It is not safe for use by several goroutines.
+type Planner struct {
+	Config    Config
+	Iface     string // uplink asked for; empty to find one
+	Leases    Leases
+	Publisher Publisher
+	Kernel    Kernel
+	// Leased is set where subnets are leased by tweed itself, and so are of the configured length.
+	Leased bool
+	// RunDir is where the plugin records what it handed out.
+	RunDir string
+	// SysctlRoot is where the host's /proc/sys is found.
+	SysctlRoot string
+
+	last    inputs  // of the last plan; kept in force where the next cannot be had
+	desired desired // what follows from last
+}
+
+// A Plan is what one pass would do, and all that it was made from.
+type Plan struct {
+	Self     []subnet.Lease
+	Uplink   backend.Uplink
+	Info     podnet.NodeInfo
+	Ops      []backend.Op
+	Problems []subnet.Problem
+	// Blocked is set where something that this node itself needs cannot be had.
+	Blocked bool
+	// Peers, Wanted and Found count leases of other nodes and objects in the kernel.
+	Peers, Wanted, Found int
+	// Unpublished is set where the list of leases does not hold Self as it is.
+	Unpublished bool
+}
+
+// inputs are what the desired state depends on.
+type inputs struct {
+	node       subnet.Node
+	uplink     backend.Uplink
+	generation uint64
+	advertised []string       // devices that need accept_ra=2
+	former     []netip.Prefix // subnets that this node had, and that living pods still have addresses of
+	netfilter  bool           // bridged packets can be passed through the packet filter
+}
+
+// desired is what the kernel should hold.
+type desired struct {
+	state    backend.State
+	filter   masq.Ruleset
+	self     []subnet.Lease
+	peers    int
+	info     podnet.NodeInfo
+	problems []subnet.Problem
+	unsaid   bool // self is not what the list holds for this node
+}
+
+// A Waiting error says what has to come before anything can be planned.
+type Waiting struct{ For string }
+
+func (w Waiting) Error() string { return w.For }
+
+// Plan compares what the kernel should hold with what it holds. The error is a Waiting where there is nothing to compare
+// with yet.
+func (p *Planner) Plan(ctx context.Context) (Plan, error) {
+	list, ok := p.Leases.List()
+	if !ok {
+		if err := p.Leases.Err(); err != nil {
+			return Plan{}, Waiting{fmt.Sprintf("waiting for the first complete list of leases: %v", err)}
+		}
+		return Plan{}, Waiting{"waiting for the first complete list of leases"}
+	}
+	in, stale, err := p.inputs(ctx, list)
+	if err != nil {
+		return Plan{}, err
+	}
+	if !reflect.DeepEqual(in, p.last) {
+		if p.desired, err = p.desire(in, list); err != nil {
+			return Plan{}, err
+		}
+		p.last = in
+	}
+	want := p.desired
+	plan := Plan{Self: want.self, Uplink: in.uplink, Info: want.info, Peers: want.peers, Unpublished: want.unsaid}
+	plan.Problems = append(plan.Problems, list.Problems...)
+	plan.Problems = append(plan.Problems, want.problems...)
+	if stale != nil {
+		plan.Problems = append(plan.Problems, subnet.Problem{
+			Node: in.node.Name, Kind: subnet.KindLease, Text: stale.Error() + "; what was in force stays"})
+	}
+
+	rules, err := p.Kernel.ObserveFilter(ctx, want.filter)
+	if err != nil {
+		return Plan{}, fmt.Errorf("reading the packet filter: %w", err)
+	}
+	have, err := p.Kernel.Observe(ctx, want.state)
+	if err != nil {
+		return Plan{}, fmt.Errorf("reading the kernel's network state: %w", err)
+	}
+	ops, problems := backend.Diff(want.state, have)
+	plan.Ops = append(masq.Diff(want.filter, rules), ops...)
+	for _, pr := range problems {
+		if pr.Node == "" {
+			pr.Node, plan.Blocked = in.node.Name, true
+		}
+		plan.Problems = append(plan.Problems, pr)
+	}
+	plan.Wanted = want.state.Len() + want.filter.Len()
+	plan.Found = have.State.Len() + rules.Len()
+	return plan, nil
+}
+
+// inputs gathers what the desired state depends on. Where the node or the uplink cannot be told any more, those of the
+// last plan stay in force, and stale says why.
+func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stale, err error) {
+	ifaces, err := p.Kernel.Interfaces(ctx)
+	if err != nil {
+		return in, nil, fmt.Errorf("listing interfaces: %w", err)
+	}
+	in.node, in.uplink, stale = p.place(ifaces)
+	if stale != nil {
+		if p.last.node.Name == "" {
+			return in, nil, Waiting{stale.Error()}
+		}
+		in.node, in.uplink = p.last.node, p.last.uplink
+	}
+	in.generation = list.Generation
+	if slices.ContainsFunc(in.node.Subnets, func(s netip.Prefix) bool { return s.Addr().Is6() }) {
+		if in.advertised, err = p.Kernel.RouterAdvertised(ctx); err != nil {
+			return in, nil, fmt.Errorf("listing routes by router advertisement: %w", err)
+		}
+		// A device that is right already does not show up any more, but it must stay right.
+		in.advertised = union(in.advertised, present(p.last.advertised, ifaces))
+	}
+	used, err := podnet.SubnetsInUse(p.RunDir)
+	if err != nil {
+		return in, nil, fmt.Errorf("reading which addresses pods have: %w", err)
+	}
+	for _, u := range used {
+		if !slices.ContainsFunc(in.node.Subnets, u.Overlaps) {
+			in.former = append(in.former, u)
+		}
+	}
+	_, missing := os.Stat(p.SysctlRoot + "/net/bridge/bridge-nf-call-iptables")
+	in.netfilter = missing == nil
+	return in, stale, nil
+}
+
+// place tells which node this is and where packets for others leave it.
+func (p *Planner) place(ifaces []backend.Interface) (subnet.Node, backend.Uplink, error) {
+	node, err := p.Publisher.Self()
+	if err != nil {
+		return node, backend.Uplink{}, err
+	}
+	up, err := chooseUplink(UplinkChoice{Iface: p.Iface, Family: p.Config.Underlay}, ifaces, node.Addrs)
+	if err != nil {
+		return node, up, err
+	}
+	return node, up, p.Config.CheckAddrs(append(slices.Clone(node.Addrs), up.Addrs...))
+}
+
+// desire says what the kernel should hold. It is a function of its arguments and the configuration.
+func (p *Planner) desire(in inputs, list subnet.List) (desired, error) {
+	name := in.node.Name
+	vx := vxlan.Config{
+		Node: name, VNI: p.Config.Backend.VNI, Port: p.Config.Backend.Port, MTU: p.Config.Backend.MTU,
+		NoTxChecksum: p.Config.Backend.ChecksumOffload == "off", Underlay: family(in.uplink.Local),
+	}
+	rules := subnet.Rules{Network: p.Config.Network, ExactLength: p.Leased, Judge: vx.Judge}
+
+	var d desired
+	for _, s := range in.node.Subnets {
+		if !p.Config.Network.Contains(s) {
+			return d, Waiting{fmt.Sprintf("subnet %s of node %s is outside the pod network %s; set Network in "+
+				"net-conf.json to the cluster's (kube-controller-manager's --cluster-cidr), or give the node another subnet",
+				s, name, prefixList(p.Config.Network.Prefixes()))}
+		}
+		d.self = append(d.self, subnet.Lease{
+			Node: name, Subnet: s, Host: in.uplink.Local, NodeAddrs: in.uplink.Addrs,
+			Backend: vxlan.Name, Data: vx.Data(), Since: in.node.Since,
+		})
+	}
+	for _, n := range p.Config.Network.Prefixes() {
+		if !slices.ContainsFunc(in.node.Subnets, n.Overlaps) {
+			d.problem(name, subnet.KindLease, "this node has no subnet of %s; its pods get no address of that family", n)
+		}
+	}
+	leases := slices.Clone(list.Leases)
+	leases = slices.DeleteFunc(leases, func(l subnet.Lease) bool { return l.Node == name })
+	d.unsaid = !slices.EqualFunc(ofNode(d.self, name), ofNode(list.Leases, name), samePublished)
+
+	peers, problems := subnet.Settle(name, rules, append(leases, d.self...))
+	d.problems = append(d.problems, problems...)
+	d.peers = len(peers)
+
+	for _, s := range in.former {
+		d.problem(name, subnet.KindPods, "pods on this node still have addresses of %s, which is no longer its subnet; "+
+			"other nodes cannot reach them: restart these pods", s)
+	}
+	if !in.netfilter {
+		d.problem(name, subnet.KindPods, "br_netfilter is not loaded: a service whose backend is on the caller's own node "+
+			"times out; run `modprobe br_netfilter`, and name it in /etc/modules-load.d")
+	}
+	mtu := vx.DeviceMTU(in.uplink)
+	if mtu < leastMTU6 && slices.ContainsFunc(in.node.Subnets, func(s netip.Prefix) bool { return s.Addr().Is6() }) {
+		d.problem(name, subnet.KindPods, "pods would have an MTU of %d, and IPv6 needs %d; raise the uplink's (%s), "+
+			"or Backend.MTU in net-conf.json", mtu, leastMTU6, strings.Join(in.uplink.Devs, ", "))
+	}
+	br := bridge.Config{Name: BridgeName, Node: name, MTU: mtu}
+	d.state = backend.Merge(
+		br.Desired(append(slices.Clone(in.node.Subnets), in.former...)),
+		acceptAdvertised(in.advertised),
+		vx.Desired(d.self, peers, in.uplink),
+	)
+	device := vxlan.DeviceName(vx.VNI)
+	d.filter = masq.Config{Network: p.Config.Network, Subnets: in.node.Subnets, Port: vx.Port}.Desired()
+	d.info = podnet.NodeInfo{
+		Node: name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
+		Bridge: BridgeName, Device: device, MTU: mtu,
+	}
+	for _, s := range in.node.Subnets {
+		d.info.Gateways = append(d.info.Gateways, bridge.Gateway(s))
+	}
+	return d, nil
+}
+
+func (d *desired) problem(node, kind, format string, args ...any) {
+	d.problems = append(d.problems, subnet.Problem{Node: node, Kind: kind, Text: fmt.Sprintf(format, args...)})
+}
+
+// acceptAdvertised keeps router advertisements taken on devices that live by them: with forwarding on, the kernel
+// ignores them unless accept_ra is 2 (Documentation/networking/ip-sysctl.rst).
+func acceptAdvertised(devs []string) backend.State {
+	s := backend.State{Sysctls: map[string]backend.Sysctl{}}
+	for _, dev := range devs {
+		name := "net/ipv6/conf/" + dev + "/accept_ra"
+		s.Sysctls[name] = backend.Sysctl{Name: name, Value: "2"}
+	}
+	return s
+}
+
+// ofNode returns a node's leases, sorted.
+func ofNode(leases []subnet.Lease, node string) []subnet.Lease {
+	var own []subnet.Lease
+	for _, l := range leases {
+		if l.Node == node {
+			own = append(own, l)
+		}
+	}
+	slices.SortFunc(own, func(a, b subnet.Lease) int { return a.Subnet.Addr().Compare(b.Subnet.Addr()) })
+	return own
+}
+
+// samePublished compares what a node itself publishes of its lease.
+func samePublished(a, b subnet.Lease) bool {
+	a.Sources, b.Sources = nil, nil
+	return a.Equal(b)
+}
+
+// present returns those of devs that exist.
+func present(devs []string, ifaces []backend.Interface) []string {
+	return slices.DeleteFunc(slices.Clone(devs), func(d string) bool {
+		return !slices.ContainsFunc(ifaces, func(i backend.Interface) bool { return i.Name == d })
+	})
+}
+
+func union(a, b []string) []string {
+	all := slices.Concat(a, b)
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+func prefixList(ps []netip.Prefix) string {
+	var s []string
+	for _, p := range ps {
+		s = append(s, p.String())
+	}
+	return strings.Join(s, " and ")
+}

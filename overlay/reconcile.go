@@ -1,0 +1,265 @@
+package overlay
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/overlay/podnet"
+	"tweed.dev/tweed/subnet"
+)
+
+const (
+	// pace is the shortest time from the end of one pass to the next. It keeps a storm of events from making us spin.
+	pace = 200 * time.Millisecond
+	// slow is the time after which a pass is made although no bell rang: some changes ring none.
+	slow = 30 * time.Second
+	// retry is the time to the next pass after one that failed; it doubles up to slow.
+	retry = time.Second
+)
+
+// A Reconciler makes passes: one at a time, and one more whenever its bell has rung.
+type Reconciler struct {
+	planner *Planner
+	cni     CNIConf
+	log     *slog.Logger
+	version string
+
+	bell    chan struct{}
+	publish chan []subnet.Lease // holds at most the latest
+	// published is set once this node's lease stands for others to see, unpublished to why it does not.
+	published   atomic.Bool
+	unpublished atomic.Pointer[string]
+	uplinks     atomic.Pointer[[]string]
+	report      atomic.Pointer[Report]
+	passed      atomic.Int64 // when the last pass ended, Unix nanoseconds
+}
+
+// NewReconciler makes a Reconciler that has not run yet.
+func NewReconciler(p *Planner, cni CNIConf, version string, log *slog.Logger) *Reconciler {
+	r := &Reconciler{
+		planner: p, cni: cni, log: log, version: version,
+		bell: make(chan struct{}, 1), publish: make(chan []subnet.Lease, 1),
+	}
+	r.report.Store(&Report{Version: version, Waiting: "starting"})
+	r.passed.Store(time.Now().UnixNano())
+	return r
+}
+
+// Ring asks for a pass. However often it is called before the next pass, one pass follows.
+func (r *Reconciler) Ring() {
+	select {
+	case r.bell <- struct{}{}:
+	default:
+	}
+}
+
+// Report returns what came of the last pass.
+func (r *Reconciler) Report() Report {
+	rep := *r.report.Load()
+	rep.ListAge = -1
+	if list, ok := r.planner.Leases.List(); ok {
+		rep.ListAge = time.Since(list.At).Seconds()
+	}
+	return rep
+}
+
+// Passes makes passes until ctx ends. It leaves the data path as it is.
+func (r *Reconciler) Passes(ctx context.Context) error {
+	again := retry
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-r.bell:
+		case <-timer.C:
+		}
+		rep := r.pass(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		logChange(r.log, *r.report.Load(), rep)
+		r.report.Store(&rep)
+		r.passed.Store(time.Now().UnixNano())
+
+		wait := slow
+		if rep.Failed > 0 {
+			wait, again = again, min(2*again, slow)
+		} else {
+			again = retry
+		}
+		timer.Reset(wait)
+		if !sleep(ctx, pace) {
+			return nil
+		}
+	}
+}
+
+// pass plans, applies, and tells the plugin and the other nodes once all is right.
+func (r *Reconciler) pass(ctx context.Context) Report {
+	start := time.Now()
+	rep := Report{Version: r.version}
+	plan, err := r.planner.Plan(ctx)
+	if err != nil {
+		rep = *r.report.Load()
+		rep.Done, rep.Failed, rep.Skipped, rep.Converged, rep.Waiting = 0, 0, 0, false, err.Error()
+		return rep
+	}
+	r.uplinks.Store(&plan.Uplink.Devs)
+
+	res := apply(ctx, r.planner.Kernel, plan.Ops)
+	rep.Done, rep.Failed, rep.Skipped = res.done, res.failed, res.skipped
+	rep.Peers, rep.Wanted, rep.Found = plan.Peers, plan.Wanted, plan.Found
+	rep.Problems = append(append([]subnet.Problem{}, plan.Problems...), res.problems...)
+	rep.Converged = !plan.Blocked && !res.blocked && ctx.Err() == nil
+	r.tellPeers(plan)
+	if !r.published.Load() {
+		rep.Waiting = "waiting for this node's lease to be published"
+	}
+	if rep.Converged {
+		if err := r.tellPlugin(plan); err != nil {
+			rep.Problems = append(rep.Problems, subnet.Problem{Kind: subnet.KindPods, Text: err.Error()})
+			rep.Failed, rep.Converged = rep.Failed+1, false
+		}
+	}
+	if why := r.unpublished.Load(); why != nil {
+		rep.Problems = append(rep.Problems, subnet.Problem{Kind: subnet.KindPublish, Text: *why})
+	}
+	for i := range rep.Problems {
+		if rep.Problems[i].Node == "" {
+			rep.Problems[i].Node = plan.Info.Node
+		}
+	}
+	rep.TookMs = float64(time.Since(start).Microseconds()) / 1000
+	return rep
+}
+
+// tellPeers has this node's leases published where they do not stand yet.
+func (r *Reconciler) tellPeers(plan Plan) {
+	if !plan.Unpublished {
+		r.published.Store(true)
+		return
+	}
+	select { // the latest replaces one that nobody took yet
+	case <-r.publish:
+	default:
+	}
+	r.publish <- plan.Self
+}
+
+// tellPlugin lets pods be attached: first what the network looks like, then, once others know this node, the
+// configuration that makes the node ready.
+func (r *Reconciler) tellPlugin(plan Plan) error {
+	plan.Info.Converged = true
+	if err := plan.Info.Write(r.planner.RunDir); err != nil {
+		return err
+	}
+	if !r.published.Load() {
+		return nil
+	}
+	return r.cni.Write()
+}
+
+// Publish publishes what passes ask for, until ctx ends. It is apart from the passes because it can take long.
+func (r *Reconciler) Publish(ctx context.Context) error {
+	const first, most = 500 * time.Millisecond, 5 * time.Second
+	wait := first
+	for {
+		var leases []subnet.Lease
+		select {
+		case <-ctx.Done():
+			return nil
+		case leases = <-r.publish:
+		}
+		err := r.planner.Publisher.Publish(ctx, leases)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err == nil {
+			wait = first
+			r.unpublished.Store(nil)
+			if !r.published.Swap(true) {
+				r.Ring() // for the CNI configuration
+			}
+			continue
+		}
+		why := fmt.Sprintf("this node's lease could not be published: %v", err)
+		if was := r.unpublished.Swap(&why); was == nil || *was != why {
+			r.Ring()
+		}
+		if !sleep(ctx, wait) {
+			return nil
+		}
+		wait = min(2*wait, most)
+		r.Ring() // whose pass asks again, if it is still wanted
+	}
+}
+
+// isUplink reports whether a device's changes may matter for the uplink; before there is one, any device's do.
+func (r *Reconciler) isUplink(dev string) bool {
+	devs := r.uplinks.Load()
+	return devs == nil || slices.Contains(*devs, dev)
+}
+
+// result counts what came of a plan's operations.
+type result struct {
+	done, failed, skipped int
+	problems              []subnet.Problem
+	blocked               bool // an operation for this node itself failed
+}
+
+// apply makes the changes in order. A failed one keeps back only what hangs on the same link.
+func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
+	var res result
+	missing := map[string]bool{}
+	for _, op := range ops {
+		if ctx.Err() != nil {
+			res.blocked = true
+			return res
+		}
+		if missing[backend.Device(op.What)] {
+			res.skipped++
+			continue
+		}
+		err := k.Apply(ctx, op)
+		if err == nil {
+			res.done++
+			continue
+		}
+		res.failed++
+		res.blocked = res.blocked || op.Peer == ""
+		res.problems = append(res.problems, subnet.Problem{
+			Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
+		if link, ok := op.What.(backend.Link); ok && op.Do != backend.Delete {
+			missing[link.Name] = true
+		}
+	}
+	return res
+}
+
+// sleep waits, and reports false when ctx ended first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// forget removes what a daemon of an earlier boot left for the container runtime: until this one has converged, the node
+// must not look ready. What was written in this boot stays, because DEL needs it.
+func (r *Reconciler) forget() error {
+	if _, err := podnet.ReadNodeInfo(r.planner.RunDir); err == nil {
+		return nil
+	}
+	return r.cni.Remove()
+}

@@ -1,0 +1,394 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/kernel"
+	"tweed.dev/tweed/backend/vxlan"
+	"tweed.dev/tweed/overlay/podnet"
+	"tweed.dev/tweed/subnet"
+)
+
+// cluster is what other nodes have published, and what this node has been told.
+type cluster struct {
+	mu        sync.Mutex
+	list      subnet.List
+	listed    bool
+	away      error
+	self      subnet.Node
+	selfErr   error
+	refuse    error
+	published []subnet.Lease
+	writes    int
+}
+
+func (c *cluster) Run(ctx context.Context, _ func()) error { <-ctx.Done(); return nil }
+
+func (c *cluster) List() (subnet.List, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	l := c.list
+	l.Leases = append(append([]subnet.Lease(nil), l.Leases...), c.published...)
+	return l, c.listed
+}
+
+func (c *cluster) Err() error { return c.away }
+
+func (c *cluster) Self() (subnet.Node, error) { return c.self, c.selfErr }
+
+func (c *cluster) Publish(_ context.Context, leases []subnet.Lease) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.refuse != nil {
+		return c.refuse
+	}
+	c.published = leases
+	c.list.Generation++
+	c.writes++
+	return nil
+}
+
+func (c *cluster) set(leases ...subnet.Lease) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.list.Leases, c.listed = leases, true
+	c.list.Generation++
+}
+
+var born = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+
+func peer(name, prefix, host string) subnet.Lease {
+	return subnet.Lease{
+		Node: name, Subnet: netip.MustParsePrefix(prefix), Host: netip.MustParseAddr(host),
+		NodeAddrs: []netip.Addr{netip.MustParseAddr(host)}, Backend: vxlan.Name,
+		Data: vxlan.Config{Node: name, VNI: 1, Port: 8472, Underlay: 4}.Data(), Since: born.Add(time.Hour),
+	}
+}
+
+// node is one node with a kernel in memory.
+type node struct {
+	*Reconciler
+	kern    *kernel.Fake
+	cluster *cluster
+	conf    string
+}
+
+func newNode(t *testing.T) *node {
+	t.Helper()
+	cfg, err := ParseConfig([]byte(`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	n := &node{kern: kernel.NewFake(), conf: filepath.Join(dir, "cni"), cluster: &cluster{self: subnet.Node{
+		Name: "n1", Since: born, Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.11")},
+		Subnets: []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24"), netip.MustParsePrefix("fd00:10:244:1::/64")},
+	}}}
+	n.kern.SetInterface(backend.Interface{Name: "eth0", MTU: 1500, Up: true,
+		Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.11/24")}})
+	p := &Planner{
+		Config: cfg, Leases: n.cluster, Publisher: n.cluster, Kernel: n.kern,
+		RunDir: filepath.Join(dir, "run"), SysctlRoot: "/proc/sys",
+	}
+	n.Reconciler = NewReconciler(p, CNIConf{Dir: n.conf, RunDir: p.RunDir}, "test", slog.New(slog.DiscardHandler))
+	return n
+}
+
+// step makes one pass, and has published what the pass asks for.
+func (n *node) step(t *testing.T) Report {
+	t.Helper()
+	rep := n.pass(t.Context())
+	n.report.Store(&rep)
+	select {
+	case leases := <-n.publish:
+		if n.cluster.Publish(t.Context(), leases) == nil {
+			n.published.Store(true)
+		}
+	default:
+	}
+	return rep
+}
+
+func (n *node) state(t *testing.T) backend.State {
+	t.Helper()
+	have, err := n.kern.Observe(t.Context(), backend.State{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return have.State
+}
+
+func (n *node) routes(t *testing.T) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	for k, r := range n.state(t).Routes {
+		if r.Via.IsValid() {
+			out[k.Dst.String()] = r.Via.String()
+		}
+	}
+	return out
+}
+
+func (n *node) hasConflist() bool {
+	_, err := os.Stat(filepath.Join(n.conf, ConflistName))
+	return err == nil
+}
+
+// TestNothingIsTouchedBeforeTheFirstList is the case of an API server that is away when the daemon starts.
+func TestNothingIsTouchedBeforeTheFirstList(t *testing.T) {
+	n := newNode(t)
+	n.cluster.away = errors.New("cannot list nodes at https://192.0.2.1:6443: connection refused")
+	rep := n.step(t)
+	if len(n.kern.Ops()) != 0 {
+		t.Errorf("did %v without a list", n.kern.Ops())
+	}
+	if rep.Converged || !strings.Contains(rep.Waiting, "https://192.0.2.1:6443") {
+		t.Errorf("report is %+v; want not converged, waiting for the server by name", rep)
+	}
+	if got := n.Report().ListAge; got != -1 {
+		t.Errorf("list age is %v before the first list, want -1", got)
+	}
+}
+
+func TestPeersComeAndGo(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"), peer("n2", "fd00:10:244:2::/64", "192.0.2.12"),
+		peer("n3", "10.244.3.0/24", "192.0.2.13"))
+	if rep := n.step(t); !rep.Converged || rep.Peers != 3 {
+		t.Fatalf("report is %+v", rep)
+	}
+	got := n.routes(t)
+	if got["10.244.2.0/24"] != "10.244.2.0" || got["10.244.3.0/24"] != "10.244.3.0" || len(got) != 3 {
+		t.Errorf("routes are %v", got)
+	}
+	if fdb := n.state(t).FDB; len(fdb) != 2 {
+		t.Errorf("FDB is %v, want one entry a peer", fdb)
+	}
+
+	n.cluster.set(peer("n3", "10.244.3.0/24", "192.0.2.13"))
+	n.step(t)
+	if got := n.routes(t); len(got) != 1 || got["10.244.3.0/24"] == "" {
+		t.Errorf("routes after n2 left are %v", got)
+	}
+	if rep := n.step(t); rep.Done != 0 || rep.Failed != 0 {
+		t.Errorf("a pass with nothing to do did something: %+v", rep)
+	}
+}
+
+func TestPeerLeavesWhileDaemonIsDown(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+	n.step(t)
+	again := newNode(t)
+	again.kern, again.planner.Kernel = n.kern, n.kern
+	again.cluster.set(peer("n3", "10.244.3.0/24", "192.0.2.13"))
+	again.step(t)
+	if got := again.routes(t); len(got) != 1 || got["10.244.3.0/24"] == "" {
+		t.Errorf("routes after a restart are %v", got)
+	}
+}
+
+func TestDriftIsRepaired(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+	n.step(t)
+	before := n.state(t)
+	link := before.Links["tweed.1"]
+	if err := n.kern.ByHand(backend.Op{Do: backend.Delete, What: link, Was: link}); err != nil {
+		t.Fatal(err)
+	}
+	n.cluster.away = errors.New("API server away")
+	if rep := n.step(t); !rep.Converged {
+		t.Errorf("report is %+v", rep)
+	}
+	if ops, _ := backend.Diff(before, backend.Observed{State: n.state(t)}); len(ops) > 0 {
+		t.Errorf("still missing after the repair: %v", ops)
+	}
+}
+
+func TestOnePeersEntryIsRefusedByTheKernel(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"), peer("n3", "10.244.3.0/24", "192.0.2.13"))
+	n.kern.Fail(func(op backend.Op) error {
+		if op.Peer == "n2" && op.What.Kind() == "fdb" {
+			return errors.New("no buffer space available")
+		}
+		return nil
+	})
+	rep := n.step(t)
+	if !rep.Converged || rep.Failed != 1 {
+		t.Errorf("report is %+v; a peer's failure must not keep the node from converging", rep)
+	}
+	if got := n.routes(t); got["10.244.3.0/24"] == "" {
+		t.Errorf("n3 is not reached: %v", got)
+	}
+	if len(rep.Problems) == 0 || !hasProblem(rep, "n2", "bridge fdb") {
+		t.Errorf("problems are %v, want the failed command by n2's name", rep.Problems)
+	}
+}
+
+func TestDeviceCannotBeHad(t *testing.T) {
+	n := newNode(t)
+	n.kern.AddStranger(backend.Link{Name: "tweed.1", Type: backend.KindVXLAN, MTU: 1450})
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+	rep := n.step(t)
+	if rep.Converged || !hasProblem(rep, "n1", "tweed.1") {
+		t.Errorf("report is %+v; want not converged and a problem that names tweed.1", rep)
+	}
+	if n.hasConflist() {
+		t.Error("the node was made ready although its device is missing")
+	}
+	if len(n.state(t).Links) == 0 {
+		t.Error("the bridge was not made; only what hangs on the device must wait")
+	}
+}
+
+func TestNodeIsMadeReadyOnlyWhenOthersCanReachIt(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set()
+	n.cluster.refuse = errors.New("forbidden")
+	n.step(t)
+	if n.hasConflist() {
+		t.Error("the CNI configuration was written although nothing is published")
+	}
+	if _, err := podnet.ReadNodeInfo(n.planner.RunDir); err != nil {
+		t.Errorf("no node.json after a converged pass: %v", err)
+	}
+	n.cluster.refuse = nil
+	n.step(t)
+	n.step(t)
+	if !n.hasConflist() {
+		t.Error("no CNI configuration after convergence and publication")
+	}
+	if len(n.cluster.published) != 2 || n.cluster.writes != 1 {
+		t.Errorf("published %v in %d writes; want both families in one", n.cluster.published, n.cluster.writes)
+	}
+}
+
+func TestConfigurationOfAnEarlierBootMakesANodeReady(t *testing.T) {
+	n := newNode(t)
+	if err := n.cni.Write(); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.forget(); err != nil {
+		t.Fatal(err)
+	}
+	if n.hasConflist() {
+		t.Error("the conflist of an earlier boot stayed")
+	}
+	n.cluster.set()
+	n.step(t)
+	n.step(t)
+	if err := n.forget(); err != nil {
+		t.Fatal(err)
+	}
+	if !n.hasConflist() {
+		t.Error("the conflist of this boot was removed, and DEL needs it")
+	}
+}
+
+func TestOwnNodeIsDeletedUnderTheDaemon(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+	n.step(t)
+	n.step(t)
+	n.cluster.selfErr = errors.New("node n1 does not exist")
+	n.cluster.set()
+	rep := n.step(t)
+	if got := n.state(t); got.Links["tweed.1"].Name == "" || got.Links[BridgeName].Name == "" {
+		t.Errorf("links are %v; the data path must stay", got.Links)
+	}
+	if !hasProblem(rep, "n1", "does not exist") {
+		t.Errorf("problems are %v", rep.Problems)
+	}
+}
+
+func TestSubnetIsOutsideTheNetwork(t *testing.T) {
+	n := newNode(t)
+	n.cluster.self.Subnets = []netip.Prefix{netip.MustParsePrefix("10.96.1.0/24")}
+	n.cluster.set()
+	rep := n.step(t)
+	if rep.Converged || !strings.Contains(rep.Waiting, "10.96.1.0/24") || !strings.Contains(rep.Waiting, "10.244.0.0/16") {
+		t.Errorf("report is %+v; want both values named", rep)
+	}
+	if len(n.kern.Ops()) != 0 {
+		t.Errorf("did %v", n.kern.Ops())
+	}
+}
+
+func TestForwardingWouldLoseAnAdvertisedRoute(t *testing.T) {
+	n := newNode(t)
+	n.kern.SetAdvertised("eth0")
+	n.cluster.set()
+	n.step(t)
+	n.kern.SetAdvertised() // what is right already is not listed any more
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+	n.step(t)
+	accept, forward := -1, -1
+	for i, op := range n.kern.Ops() {
+		switch s, _ := op.What.(backend.Sysctl); s.Name {
+		case "net/ipv6/conf/eth0/accept_ra":
+			accept = i
+		case "net/ipv6/conf/all/forwarding":
+			forward = i
+		}
+	}
+	if accept < 0 || forward < accept {
+		t.Errorf("accept_ra at %d, forwarding at %d of %v", accept, forward, n.kern.Ops())
+	}
+}
+
+func TestSecondDaemonOfANode(t *testing.T) {
+	dir := t.TempDir()
+	log := slog.New(slog.DiscardHandler)
+	unlock, err := lock(t.Context(), dir, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan error, 1)
+	said := make(chan struct{})
+	go func() {
+		second, err := lock(t.Context(), dir, slog.New(notify{said}))
+		if second != nil {
+			second()
+		}
+		got <- err
+	}()
+	<-said
+	select {
+	case err := <-got:
+		t.Fatalf("the second daemon did not wait: %v", err)
+	default:
+	}
+	unlock()
+	if err := <-got; err != nil {
+		t.Errorf("the second daemon did not take over: %v", err)
+	}
+}
+
+// notify is a log whose first line closes a channel.
+type notify struct{ said chan struct{} }
+
+func (n notify) Enabled(context.Context, slog.Level) bool  { return true }
+func (n notify) Handle(context.Context, slog.Record) error { close(n.said); return nil }
+func (n notify) WithAttrs([]slog.Attr) slog.Handler        { return n }
+func (n notify) WithGroup(string) slog.Handler             { return n }
+
+func hasProblem(rep Report, node, text string) bool {
+	for _, p := range rep.Problems {
+		if p.Node == node && strings.Contains(p.Text, text) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,66 @@
+package overlay
+
+import (
+	"log/slog"
+	"time"
+
+	"tweed.dev/tweed/subnet"
+)
+
+// A Report is what came of one pass. It is served as JSON at /report.
+type Report struct {
+	Version string `json:"version"`
+	// Converged is set when everything local is done and each peer was tried.
+	Converged bool `json:"converged"`
+	// Waiting says what has to come before a pass can be made (then the counts are those of the last that was), or before
+	// pods can be attached.
+	Waiting string `json:"waiting,omitempty"`
+	// ListAge is how long ago the list of leases was last known to be current, in seconds; -1 before the first.
+	ListAge float64 `json:"listAge"`
+	// Peers counts the leases of other nodes that are in force.
+	Peers int `json:"peers"`
+	// Wanted and Found count objects in the kernel, before the operations of the pass.
+	Wanted int `json:"wanted"`
+	Found  int `json:"found"`
+	// Done, Failed and Skipped count operations; one is skipped when the link that it needs could not be had.
+	Done    int `json:"done"`
+	Failed  int `json:"failed"`
+	Skipped int `json:"skipped"`
+	// Problems holds what is wrong, on this node and with others.
+	Problems []subnet.Problem `json:"problems"`
+	// TookMs is the duration of the pass in milliseconds.
+	TookMs float64 `json:"tookMs"`
+}
+
+// Ready reports whether pods can be attached and reach others.
+func (r Report) Ready() bool { return r.Converged && r.Waiting == "" }
+
+// logChange logs what is different since the report before: operations, problems that came and went, and what is waited
+// for. A pass like the one before it logs nothing.
+func logChange(log *slog.Logger, before, now Report) {
+	if now.Waiting != "" && now.Waiting != before.Waiting {
+		log.Warn("waiting", "for", now.Waiting)
+	}
+	was := map[subnet.Problem]bool{}
+	for _, p := range before.Problems {
+		was[p] = true
+	}
+	for _, p := range now.Problems {
+		if !was[p] {
+			log.Warn("problem", "node", p.Node, "kind", p.Kind, "why", p.Text)
+		}
+		delete(was, p)
+	}
+	for p := range was {
+		log.Info("problem gone", "node", p.Node, "kind", p.Kind, "what", p.Text)
+	}
+	worked := now.Done+now.Failed+now.Skipped > 0
+	if worked || now.Converged != before.Converged {
+		msg := "converged"
+		if !now.Converged {
+			msg = "not converged"
+		}
+		log.Info(msg, "ops", now.Done, "failed", now.Failed, "skipped", now.Skipped, "peers", now.Peers,
+			"took", time.Duration(now.TookMs*float64(time.Millisecond)).Round(100*time.Microsecond))
+	}
+}
