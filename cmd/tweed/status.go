@@ -1,0 +1,273 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/netip"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"k8s.io/apimachinery/pkg/util/duration"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"sigs.k8s.io/yaml"
+
+	"tweed.dev/tweed/backend/vxlan"
+	"tweed.dev/tweed/overlay"
+	"tweed.dev/tweed/subnet"
+	"tweed.dev/tweed/subnet/kube"
+	"tweed.dev/tweed/subnet/local"
+)
+
+func subnetCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "subnet",
+		Short: "Look at who leases which pod subnet",
+		Args:  cobra.NoArgs,
+	}
+	cmd.AddCommand(statusCommand())
+	return cmd
+}
+
+func statusCommand() *cobra.Command {
+	var s source
+	var netConf, output string
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show every node's lease and what is wrong with it",
+		Long: `Show every node's subnets, where its packets go, and what is wrong; and how much of the pod
+network is leased. Which leases are good is judged by net-conf.json, where there is one.
+
+Exit status: 0 all is well, 2 something is wrong, 1 error.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !slices.Contains([]string{"", "wide", "json", "yaml"}, output) {
+				return fmt.Errorf("--output %q: it is wide, json or yaml, or not given for a table", output)
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), patience)
+			defer cancel()
+			list, err := s.list(ctx)
+			if err != nil {
+				return err
+			}
+			var cfg *overlay.Config
+			c, err := overlay.LoadConfig(netConf)
+			switch {
+			case err == nil:
+				cfg = &c
+			case !errors.Is(err, fs.ErrNotExist) || cmd.Flags().Changed("net-conf"):
+				return err
+			}
+			st := newStatus(list, cfg)
+			if err := st.print(cmd.OutOrStdout(), output, time.Now()); err != nil {
+				return err
+			}
+			if len(st.Problems) > 0 {
+				return exitStatus(2)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&s.kubeconfig, "kubeconfig", "",
+		"how to reach the API server (default: as kubectl finds it, or the pod's own service account)")
+	cmd.Flags().StringVar(&s.leases, "leases", "", "directory that nodes share leases in, instead of an API server")
+	cmd.Flags().StringVar(&netConf, "net-conf", netConfPath, "the pod network's configuration")
+	cmd.Flags().StringVarP(&output, "output", "o", "", "wide, json or yaml (default: a table)")
+	return cmd
+}
+
+// list reads all leases once.
+func (s *source) list(ctx context.Context) (subnet.List, error) {
+	if s.leases != "" {
+		return local.ListOnce(s.leases)
+	}
+	cfg, err := s.adminConfig()
+	if err != nil {
+		return subnet.List{}, err
+	}
+	return kube.ListOnce(ctx, cfg)
+}
+
+// adminConfig finds an API server as kubectl does.
+func (s *source) adminConfig() (*rest.Config, error) {
+	if s.kubeconfig == "" {
+		rules := clientcmd.NewDefaultClientConfigLoadingRules()
+		cfg, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, nil).ClientConfig()
+		if err == nil || !clientcmd.IsEmptyConfig(err) {
+			return cfg, err
+		}
+	}
+	return s.restConfig()
+}
+
+// A status is what `subnet status` shows, and the struct that -o json prints.
+type status struct {
+	Nodes []nodeStatus `json:"nodes"`
+	// Network says how far the pod network is leased; absent where there is no net-conf.json to say what it is.
+	Network []subnet.Usage `json:"network,omitempty"`
+	// Problems are those of all nodes.
+	Problems []subnet.Problem `json:"problems"`
+}
+
+// nodeStatus is one node's line.
+type nodeStatus struct {
+	Node      string          `json:"node"`
+	Subnets   []netip.Prefix  `json:"subnets"`
+	Host      netip.Addr      `json:"host,omitzero"`
+	NodeAddrs []netip.Addr    `json:"nodeAddrs,omitempty"`
+	Sources   []netip.Addr    `json:"sources,omitempty"`
+	Backend   string          `json:"backend,omitempty"`
+	Data      json.RawMessage `json:"backendData,omitempty"`
+	Since     time.Time       `json:"since,omitzero"`
+	// Problems are the texts of this node's problems.
+	Problems []string `json:"problems"`
+}
+
+// newStatus judges a list of leases by cfg; without one, only what cannot be read is wrong.
+func newStatus(list subnet.List, cfg *overlay.Config) status {
+	st := status{Problems: slices.Clone(list.Problems)}
+	if cfg != nil {
+		st.Problems = append(st.Problems, judge(list.Leases, *cfg)...)
+		st.Network = cfg.Network.Usage(list.Leases)
+	}
+	nodes := map[string]*nodeStatus{}
+	node := func(name string) *nodeStatus {
+		if nodes[name] == nil {
+			nodes[name] = &nodeStatus{Node: name, Subnets: []netip.Prefix{}, Problems: []string{}}
+		}
+		return nodes[name]
+	}
+	for _, l := range list.Leases {
+		n := node(l.Node)
+		n.Subnets = append(n.Subnets, l.Subnet)
+		n.Host, n.NodeAddrs, n.Sources, n.Backend, n.Data, n.Since = l.Host, l.NodeAddrs, l.Sources, l.Backend, l.Data, l.Since
+	}
+	for _, p := range st.Problems {
+		n := node(p.Node)
+		n.Problems = append(n.Problems, p.Text)
+	}
+	for _, n := range nodes {
+		slices.SortFunc(n.Subnets, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
+		st.Nodes = append(st.Nodes, *n)
+	}
+	slices.SortFunc(st.Nodes, func(a, b nodeStatus) int { return naturally(a.Node, b.Node) })
+	slices.SortFunc(st.Problems, func(a, b subnet.Problem) int {
+		return cmp.Or(naturally(a.Node, b.Node), cmp.Compare(a.Text, b.Text))
+	})
+	return st
+}
+
+// judge settles the leases as a node does that has none itself. What family the underlay has is for the oldest lease
+// to say where the configuration leaves it open.
+func judge(leases []subnet.Lease, cfg overlay.Config) []subnet.Problem {
+	vx := vxlan.Config{VNI: cfg.Backend.VNI, Port: cfg.Backend.Port, Underlay: cfg.Underlay}
+	if vx.Underlay == 0 && len(leases) > 0 {
+		oldest := slices.MinFunc(leases, func(a, b subnet.Lease) int {
+			return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Node, b.Node))
+		})
+		vx.Underlay = 6
+		if oldest.Host.Is4() {
+			vx.Underlay = 4
+		}
+	}
+	_, problems := subnet.Settle("", subnet.Rules{Network: cfg.Network, Judge: vx.Judge}, leases)
+	return problems
+}
+
+func (st status) print(w io.Writer, output string, now time.Time) error {
+	switch output {
+	case "json":
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		return enc.Encode(st)
+	case "yaml":
+		text, err := yaml.Marshal(st)
+		if err != nil {
+			return err
+		}
+		_, err = w.Write(text)
+		return err
+	}
+	return st.table(w, output == "wide", now)
+}
+
+func (st status) table(w io.Writer, wide bool, now time.Time) error {
+	if len(st.Nodes) == 0 {
+		fmt.Fprintln(w, "No node has a lease.")
+	} else {
+		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+		head := []string{"NODE", "SUBNETS", "HOST", "BACKEND", "AGE", "PROBLEMS"}
+		if wide {
+			head = append(head, "ADDRESSES", "SOURCES", "DATA")
+		}
+		fmt.Fprintln(t, strings.Join(head, "\t"))
+		for _, n := range st.Nodes {
+			fmt.Fprintln(t, strings.Join(n.cells(wide, now), "\t"))
+		}
+		if err := t.Flush(); err != nil {
+			return err
+		}
+	}
+	fmt.Fprintln(w)
+	if st.Network == nil {
+		fmt.Fprintln(w, "The pod network is not known here, so leases are not judged by it: name a net-conf.json with --net-conf.")
+	}
+	for _, u := range st.Network {
+		fmt.Fprintf(w, "Network %s: %d of %d subnets leased, %d free.\n", u.Network, u.Leased, u.Total, u.Free)
+	}
+	if len(st.Problems) > 0 {
+		fmt.Fprintln(w, "\nProblems:")
+		for _, p := range st.Problems {
+			fmt.Fprintln(w, " ", p)
+		}
+	}
+	return nil
+}
+
+func (n nodeStatus) cells(wide bool, now time.Time) []string {
+	age, problems := "-", "-"
+	if !n.Since.IsZero() {
+		age = duration.HumanDuration(now.Sub(n.Since))
+	}
+	if len(n.Problems) > 0 {
+		problems = fmt.Sprint(len(n.Problems))
+	}
+	host := "-"
+	if n.Host.IsValid() {
+		host = n.Host.String()
+	}
+	cells := []string{n.Node, list(n.Subnets), host, cmp.Or(n.Backend, "-"), age, problems}
+	if wide {
+		cells = append(cells, list(n.NodeAddrs), list(n.Sources), cmp.Or(string(n.Data), "-"))
+	}
+	return cells
+}
+
+func list[T fmt.Stringer](items []T) string {
+	var s []string
+	for _, i := range items {
+		s = append(s, i.String())
+	}
+	return cmp.Or(strings.Join(s, ","), "-")
+}
+
+// naturally compares names as people do: n2 before n10.
+func naturally(a, b string) int {
+	x, y := trailingNumber(a), trailingNumber(b)
+	if a[:len(a)-len(x)] == b[:len(b)-len(y)] && len(x) != len(y) && x != "" && y != "" {
+		return cmp.Compare(len(x), len(y))
+	}
+	return cmp.Compare(a, b)
+}
+
+func trailingNumber(s string) string {
+	return s[len(strings.TrimRight(s, "0123456789")):]
+}
