@@ -154,14 +154,8 @@ func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stal
 		// A device that is right already does not show up any more, but it must stay right.
 		in.advertised = union(in.advertised, present(p.last.advertised, ifaces))
 	}
-	used, err := podnet.SubnetsInUse(p.RunDir)
-	if err != nil {
+	if in.former, err = podnet.FormerSubnets(p.RunDir, in.node.Subnets); err != nil {
 		return in, nil, fmt.Errorf("reading which addresses pods have: %w", err)
-	}
-	for _, u := range used {
-		if !slices.ContainsFunc(in.node.Subnets, u.Overlaps) {
-			in.former = append(in.former, u)
-		}
 	}
 	_, missing := os.Stat(p.SysctlRoot + "/net/bridge/bridge-nf-call-iptables")
 	in.netfilter = missing == nil

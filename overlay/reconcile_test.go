@@ -83,9 +83,9 @@ type node struct {
 	conf    string
 }
 
-func newNode(t *testing.T) *node {
+func newNode(t testing.TB) *node {
 	t.Helper()
-	cfg, err := ParseConfig([]byte(`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48"}`))
+	cfg, err := ParseConfig([]byte(`{"Network": "10.0.0.0/8", "SubnetLen": 24, "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48"}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,7 +105,7 @@ func newNode(t *testing.T) *node {
 }
 
 // step makes one pass, and has published what the pass asks for.
-func (n *node) step(t *testing.T) Report {
+func (n *node) step(t testing.TB) Report {
 	t.Helper()
 	rep := n.pass(t.Context())
 	n.report.Store(&rep)
@@ -315,10 +315,10 @@ func TestOwnNodeIsDeletedUnderTheDaemon(t *testing.T) {
 
 func TestSubnetIsOutsideTheNetwork(t *testing.T) {
 	n := newNode(t)
-	n.cluster.self.Subnets = []netip.Prefix{netip.MustParsePrefix("10.96.1.0/24")}
+	n.cluster.self.Subnets = []netip.Prefix{netip.MustParsePrefix("172.16.1.0/24")}
 	n.cluster.set()
 	rep := n.step(t)
-	if rep.Converged || !strings.Contains(rep.Waiting, "10.96.1.0/24") || !strings.Contains(rep.Waiting, "10.244.0.0/16") {
+	if rep.Converged || !strings.Contains(rep.Waiting, "172.16.1.0/24") || !strings.Contains(rep.Waiting, "10.0.0.0/8") {
 		t.Errorf("report is %+v; want both values named", rep)
 	}
 	if len(n.kern.Ops()) != 0 {

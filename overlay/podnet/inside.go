@@ -1,0 +1,168 @@
+package podnet
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"tweed.dev/tweed/backend"
+)
+
+// openNetNS opens a network namespace other than this thread's own.
+func openNetNS(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if notExist(err) {
+		return nil, fail(types.ErrInvalidNetNS,
+			"CNI_NETNS: there is no network namespace %s; the pod's sandbox is gone", path)
+	}
+	if err != nil {
+		return nil, fail(types.ErrInvalidNetNS, "CNI_NETNS: %v", err)
+	}
+	kind, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_NSTYPE)
+	if err != nil || kind != unix.CLONE_NEWNET {
+		f.Close()
+		return nil, fail(types.ErrInvalidNetNS, "CNI_NETNS: %s is not a network namespace", path)
+	}
+	var pod, host unix.Stat_t
+	if err := errors.Join(unix.Fstat(int(f.Fd()), &pod), unix.Stat("/proc/thread-self/ns/net", &host)); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("comparing %s with the host's network namespace: %w", path, err)
+	}
+	if pod.Ino == host.Ino && pod.Dev == host.Dev {
+		f.Close()
+		return nil, fail(types.ErrInvalidNetNS, "CNI_NETNS: %s is the host's own network namespace", path)
+	}
+	return f, nil
+}
+
+// within calls f on a thread in a network namespace, with a netlink socket of its own there.
+func within(ns *os.File, f func(*netlink.Handle) error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
+		done <- func() error {
+			if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+				return fmt.Errorf("entering network namespace %s: %w", ns.Name(), meaning(err))
+			}
+			h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+			if err != nil {
+				return fmt.Errorf("opening a netlink socket in %s: %w", ns.Name(), err)
+			}
+			defer h.Close()
+			return f(h)
+		}()
+	}()
+	return <-done
+}
+
+// An end is the pod's end of a veth, as it should be.
+type end struct {
+	iface    string
+	addrs    []netip.Prefix
+	gateways []netip.Addr
+}
+
+// configure brings the end up, with addresses and default routes. It must be called within the pod's namespace.
+func (e end) configure(h *netlink.Handle, sysctlRoot string) error {
+	l, err := h.LinkByName(e.iface)
+	if err != nil {
+		return fmt.Errorf("looking up %s: %w", e.iface, err)
+	}
+	if slices.ContainsFunc(e.addrs, func(a netip.Prefix) bool { return a.Addr().Is6() }) {
+		// Some runtimes switch IPv6 off in new namespaces. And no pod is to route by what another one advertises.
+		conf := filepath.Join(sysctlRoot, "net/ipv6/conf", e.iface)
+		err := errors.Join(setSysctl(conf+"/disable_ipv6", "0"), setSysctl(conf+"/accept_ra", "0"))
+		if err != nil {
+			return fmt.Errorf("%w (sysctlRoot in the network configuration says where settings are found)", err)
+		}
+	}
+	if err := h.LinkSetUp(l); err != nil {
+		return fmt.Errorf("ip link set %s up: %w", e.iface, meaning(err))
+	}
+	for _, a := range e.addrs {
+		addr := &netlink.Addr{IPNet: ipNet(a)}
+		if a.Addr().Is6() {
+			addr.Flags = unix.IFA_F_NODAD
+		}
+		if err := h.AddrAdd(l, addr); err != nil {
+			return fmt.Errorf("ip address add %s dev %s: %w", a, e.iface, meaning(err))
+		}
+	}
+	for _, a := range e.addrs {
+		gw, ok := gatewayOf(a, e.gateways)
+		if !ok {
+			continue
+		}
+		route := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(everything(gw)), Gw: gw.AsSlice()}
+		if err := h.RouteAdd(route); err != nil {
+			return fmt.Errorf("ip route add default via %s dev %s: %w", gw, e.iface, meaning(err))
+		}
+	}
+	return settle(e.iface)
+}
+
+// setSysctl gives a kernel setting a value, unless it has it, and sees that it took.
+func setSysctl(path, want string) error {
+	have, err := os.ReadFile(path)
+	if err != nil || strings.TrimSpace(string(have)) == want {
+		return err
+	}
+	if err := os.WriteFile(path, []byte(want), 0); err != nil {
+		return err
+	}
+	if have, err = os.ReadFile(path); err == nil && strings.TrimSpace(string(have)) != want {
+		err = fmt.Errorf("%s is %s although %s was written", path, strings.TrimSpace(string(have)), want)
+	}
+	return err
+}
+
+// broken names what is wrong with the end. It must be called within the pod's namespace.
+func (e end) broken(h *netlink.Handle, mac backend.MAC) (broken []error) {
+	l, err := h.LinkByName(e.iface)
+	if err != nil {
+		return []error{fmt.Errorf("interface %s is missing (%w)", e.iface, err)}
+	}
+	at := l.Attrs()
+	if at.RawFlags&unix.IFF_UP == 0 {
+		broken = append(broken, fmt.Errorf("interface %s is down", e.iface))
+	}
+	if have := at.HardwareAddr.String(); have != mac.String() {
+		broken = append(broken, fmt.Errorf("interface %s has MAC %s, not %s", e.iface, have, mac))
+	}
+	addrs, err := h.AddrList(l, netlink.FAMILY_ALL)
+	if err != nil {
+		return append(broken, fmt.Errorf("listing addresses: %w", err))
+	}
+	routes, err := h.RouteList(l, netlink.FAMILY_ALL)
+	if err != nil {
+		return append(broken, fmt.Errorf("listing routes: %w", err))
+	}
+	for _, a := range e.addrs {
+		if !slices.ContainsFunc(addrs, func(have netlink.Addr) bool { return have.IP.Equal(a.Addr().AsSlice()) }) {
+			broken = append(broken, fmt.Errorf("interface %s lacks address %s", e.iface, a))
+		}
+		gw, ok := gatewayOf(a, e.gateways)
+		if ok && !slices.ContainsFunc(routes, func(r netlink.Route) bool { return isDefault(r, gw) }) {
+			broken = append(broken, fmt.Errorf("there is no default route via %s dev %s", gw, e.iface))
+		}
+	}
+	return broken
+}
+
+func isDefault(r netlink.Route, gw netip.Addr) bool {
+	if r.Dst != nil {
+		if ones, _ := r.Dst.Mask.Size(); ones != 0 {
+			return false
+		}
+	}
+	return r.Gw.Equal(gw.AsSlice())
+}

@@ -1,0 +1,242 @@
+package podnet
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"syscall"
+	"unsafe"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"tweed.dev/tweed/backend"
+)
+
+// skipStats spares the kernel collecting counters for an answer (RTEXT_FILTER_SKIP_STATS, linux/rtnetlink.h).
+const skipStats = 1 << 3
+
+// A host is a netlink socket in the host's network namespace.
+type host struct{ sockets map[int]*nl.SocketHandle }
+
+// A link is what the host knows of a network device.
+type link struct {
+	netlink.LinkAttrs
+	kind string
+	// hairpin is set for a bridge port that sends frames back to where they came from.
+	hairpin bool
+}
+
+func (l link) ours(kind string) bool { return l.Group == backend.Owner && l.kind == kind }
+
+// dial opens a socket in the network namespace of the calling thread.
+func dial() (*host, error) {
+	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("opening a netlink socket: %w", err)
+	}
+	return &host{map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}}, nil
+}
+
+func (h *host) close() { h.sockets[unix.NETLINK_ROUTE].Close() }
+
+func (h *host) store(runDir string) *store {
+	return &store{runDir: runDir, alive: func(veth string, index int) (bool, error) {
+		l, err := h.link(veth)
+		if errors.Is(err, unix.ENODEV) {
+			return false, nil
+		}
+		return err == nil && (index == 0 || l.Index == index), err
+	}}
+}
+
+func (h *host) request(kind, flags int) *nl.NetlinkRequest {
+	r := nl.NewNetlinkRequest(kind, flags|unix.NLM_F_ACK)
+	r.Sockets = h.sockets
+	return r
+}
+
+// link looks a device up. The error is ENODEV where there is none of the name.
+func (h *host) link(name string) (link, error) {
+	req := h.request(unix.RTM_GETLINK, 0)
+	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(skipStats)))
+	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err != nil {
+		return link{}, fmt.Errorf("looking up %s: %w", name, meaning(err))
+	}
+	if len(msgs) != 1 {
+		return link{}, fmt.Errorf("looking up %s: the kernel gave %d answers", name, len(msgs))
+	}
+	l, err := netlink.LinkDeserialize(nil, msgs[0])
+	if err != nil {
+		return link{}, fmt.Errorf("looking up %s: %w", name, err)
+	}
+	return link{LinkAttrs: *l.Attrs(), kind: l.Type(), hairpin: hairpin(msgs[0])}, nil
+}
+
+// hairpin finds the flag, which the library leaves aside, in a message about a link.
+func hairpin(msg []byte) bool {
+	for _, want := range []uint16{unix.IFLA_LINKINFO, nl.IFLA_INFO_SLAVE_DATA, nl.IFLA_BRPORT_MODE} {
+		if want == unix.IFLA_LINKINFO {
+			msg = msg[unix.SizeofIfInfomsg:]
+		}
+		attrs, err := nl.ParseRouteAttr(msg)
+		if err != nil {
+			return false
+		}
+		i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type&nl.NLA_TYPE_MASK == want })
+		if i < 0 {
+			return false
+		}
+		msg = attrs[i].Value
+	}
+	return len(msg) == 1 && msg[0] != 0
+}
+
+// A veth is a pair of devices: one end a port of the bridge, the other in the pod.
+type veth struct {
+	name    string
+	mac     backend.MAC
+	mtu     int // bytes, of both ends
+	bridge  int // ifindex
+	podName string
+	podMAC  backend.MAC
+	podNS   *os.File
+}
+
+// add makes the pair in one message, so that there is no moment at which one end is where it should not be.
+func (h *host) add(v veth) error {
+	req := h.request(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(v.name)))
+	req.AddData(nl.NewRtAttr(unix.IFLA_ADDRESS, v.mac[:]))
+	req.AddData(nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(v.mtu))))
+	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(backend.Owner)))
+	req.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(v.bridge))))
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("veth"))
+	peer := info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(nl.VETH_INFO_PEER, nil)
+	nl.NewIfInfomsgChild(peer, unix.AF_UNSPEC)
+	peer.AddRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(v.podName))
+	peer.AddRtAttr(unix.IFLA_ADDRESS, v.podMAC[:])
+	peer.AddRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(v.mtu)))
+	peer.AddRtAttr(unix.IFLA_NET_NS_FD, nl.Uint32Attr(uint32(v.podNS.Fd())))
+	req.AddData(info)
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+		return fmt.Errorf("ip link add %s type veth peer %s: %w", v.name, v.podName, meaning(err))
+	}
+	return nil
+}
+
+// open lets traffic through a bridge port: up, and with hairpin, so that a pod reaches itself by a service's address.
+func (h *host) open(index int) error {
+	req := h.request(unix.RTM_NEWLINK, 0)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index, msg.Flags, msg.Change = int32(index), unix.IFF_UP, unix.IFF_UP
+	req.AddData(msg)
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_SLAVE_KIND, nl.NonZeroTerminated("bridge"))
+	info.AddRtAttr(nl.IFLA_INFO_SLAVE_DATA, nil).AddRtAttr(nl.IFLA_BRPORT_MODE, nl.Uint8Attr(1))
+	req.AddData(info)
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return meaning(err)
+}
+
+// settle has the kernel take note of devices' carriers now. By itself it does so when a worker gets to it, and until
+// then drops what a device is to send: a pod's first packet would be lost, and be sent again a second later. Asking for
+// the state of the link does it (linkwatch_sync_dev, net/core/link_watch.c). It acts in the calling thread's namespace.
+func settle(devs ...string) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("opening a socket: %w", err)
+	}
+	defer unix.Close(fd)
+	for _, dev := range devs {
+		value := struct{ cmd, data uint32 }{cmd: unix.ETHTOOL_GLINK} // struct ethtool_value, linux/ethtool.h
+		var req struct {                                             // struct ifreq, linux/if.h
+			name [unix.IFNAMSIZ]byte
+			data unsafe.Pointer
+			_    [16]byte
+		}
+		copy(req.name[:unix.IFNAMSIZ-1], dev)
+		req.data = unsafe.Pointer(&value)
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req)))
+		if errno != 0 {
+			return fmt.Errorf("ethtool %s: %w", dev, errno)
+		}
+	}
+	return nil
+}
+
+// remove deletes a pair by its host's end. One that is gone, or has another index than the one given (0 stands for
+// any), or is not ours, is no error.
+func (h *host) remove(name string, index int) error {
+	l, err := h.link(name)
+	if err != nil {
+		return ignore(err, unix.ENODEV)
+	}
+	if !l.ours("veth") || (index != 0 && l.Index != index) {
+		return nil
+	}
+	req := h.request(unix.RTM_DELLINK, 0)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(l.Index)
+	req.AddData(msg)
+	if _, err = req.Execute(unix.NETLINK_ROUTE, 0); ignore(err, unix.ENODEV) != nil {
+		return fmt.Errorf("ip link del %s: %w", name, meaning(err))
+	}
+	return nil
+}
+
+// vethName is the name of the host's end of a pod's interface. It follows from what the runtime calls the attachment,
+// so DEL finds it also where the record is lost.
+func vethName(container, iface string) string {
+	sum := attachmentSum(container, iface)
+	return "tweed" + hex.EncodeToString(sum[:5])
+}
+
+// vethMAC is the MAC of the host's end. It is set at creation, or udev would set another one a moment later.
+func vethMAC(container, iface string) backend.MAC {
+	sum := attachmentSum(container, iface)
+	m := backend.MAC(sum[5:11])
+	m[0] = m[0]&^1 | 2
+	return m
+}
+
+func attachmentSum(container, iface string) [sha256.Size]byte {
+	return sha256.Sum256([]byte(container + "/" + iface))
+}
+
+// podMAC derives a pod's MAC from its address, so that a neighbour's entry for a reused address is never stale: 0a:58
+// and the IPv4 address, or the low 32 bits of the IPv6 address where there is no other.
+func podMAC(addrs []netip.Prefix) backend.MAC {
+	m := backend.MAC{0x0a, 0x58}
+	for _, p := range addrs {
+		if b := p.Addr().AsSlice(); p.Addr().Is4() || m == (backend.MAC{0x0a, 0x58}) {
+			copy(m[2:], b[len(b)-4:])
+		}
+	}
+	return m
+}
+
+// ipNet is a prefix in the form of the libraries.
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// meaning adds to a cryptic error number what it means here.
+func meaning(err error) error {
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("%w: this needs root, or CAP_NET_ADMIN and CAP_SYS_ADMIN", err)
+	}
+	return err
+}
