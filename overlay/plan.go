@@ -128,7 +128,7 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		plan.Problems = append(plan.Problems, pr)
 	}
 	plan.Wanted = want.state.Len() + want.filter.Len()
-	plan.Found = have.State.Len() + rules.Len()
+	plan.Found = have.Len() + rules.Len()
 	return plan, nil
 }
 

@@ -2,11 +2,13 @@ package subnet
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"iter"
 	"math"
 	"net/netip"
 	"slices"
+	"strconv"
 )
 
 // A Range is the part of a pod network that has one address family. Nodes hold subnets of it, all of one length.
@@ -74,7 +76,7 @@ func NewRange(r Range) (Range, error) {
 	if low, high := r.Prefix.Bits(), maxLen(r.Prefix.Addr()); low > high {
 		return Range{}, &RangeError{"Prefix", r.Prefix.String(), fmt.Sprintf("too small, want at most /%d", high)}
 	} else if r.Len < low || r.Len > high {
-		return Range{}, &RangeError{"Len", fmt.Sprint(r.Len),
+		return Range{}, &RangeError{"Len", strconv.Itoa(r.Len),
 			fmt.Sprintf("want %d to %d for nodes' subnets of %s", low, high, r.Prefix)}
 	}
 	if err := r.completeBounds(); err != nil {
@@ -115,7 +117,7 @@ func (r *Range) completeBounds() error {
 
 // checkBound says what keeps p from being the first or last subnet of r.
 func (r Range) checkBound(field string, p netip.Prefix) error {
-	why := ""
+	var why string
 	switch {
 	case p.Addr().BitLen() != r.Prefix.Addr().BitLen() || !r.Prefix.Contains(p.Addr()):
 		why = "outside the network " + r.Prefix.String()
@@ -295,7 +297,7 @@ type Network []Range
 // NewNetwork completes and checks ranges as NewRange does, IPv4 first.
 func NewNetwork(ranges ...Range) (Network, error) {
 	if len(ranges) == 0 {
-		return nil, fmt.Errorf("a network needs a range of IPv4 or IPv6 addresses, or one of each")
+		return nil, errors.New("a network needs a range of IPv4 or IPv6 addresses, or one of each")
 	}
 	var n Network
 	for _, r := range ranges {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -194,7 +195,7 @@ func parseData(s string) (json.RawMessage, error) {
 func checkLength(s string, limit int) error {
 	switch {
 	case s == "":
-		return fmt.Errorf("missing")
+		return errors.New("missing")
 	case len(s) > limit:
 		return fmt.Errorf("%s has %d bytes; at most %d are possible", Quote(s), len(s), limit)
 	}

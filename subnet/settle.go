@@ -126,7 +126,7 @@ func (r Rules) checkSubnet(p netip.Prefix) error {
 
 // checkHost refuses what is nobody's address, or everybody's, and what would send the tunnel's packets into the tunnel.
 func (r Rules) checkHost(a netip.Addr) error {
-	what := ""
+	var what string
 	switch {
 	case !a.IsValid():
 		return errors.New("the lease has no host to send packets to")

@@ -43,6 +43,9 @@ func (c Config) Desired(subnets []netip.Prefix) backend.State {
 	}
 	// A host that does not forward IPv6 believes router advertisements, and any pod can send one.
 	set(s, "net/ipv6/conf/"+c.Name+"/accept_ra", "0")
+	// The bridge asks its pods for their MAC from its link-local address, which it has from its first port on. Until
+	// nobody has objected to that, for one second or two, nothing would reach the first pod by IPv6.
+	set(s, "net/ipv6/conf/"+c.Name+"/accept_dad", "0")
 	for _, p := range subnets {
 		c.serve(s, p)
 	}

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -238,7 +239,7 @@ func (n nodeStatus) cells(wide bool, now time.Time) []string {
 		age = duration.HumanDuration(now.Sub(n.Since))
 	}
 	if len(n.Problems) > 0 {
-		problems = fmt.Sprint(len(n.Problems))
+		problems = strconv.Itoa(len(n.Problems))
 	}
 	host := "-"
 	if n.Host.IsValid() {

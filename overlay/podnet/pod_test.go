@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -117,7 +118,7 @@ func ifindex(t *testing.T, n *node, dev string) string {
 	if err := json.Unmarshal([]byte(n.Run(t, "ip -json link show "+dev)), &links); err != nil || len(links) != 1 {
 		t.Fatal(err, links)
 	}
-	return fmt.Sprint(links[0].Ifindex)
+	return strconv.Itoa(links[0].Ifindex)
 }
 
 func TestNodeHasOnlyIPv6(t *testing.T) {
@@ -220,7 +221,7 @@ func TestAddCannotBeDone(t *testing.T) {
 			n.publish(n.info)
 			return pod.Path()
 		}, 11, []string{"n1 has no subnet"}},
-		{"gateway cannot be reached", func(n *node, pod *netnstest.NS) string {
+		{"gateway cannot be reached", func(_ *node, pod *netnstest.NS) string {
 			pod.Run(t, "ip link add other type bridge")
 			pod.Run(t, "ip link set other up")
 			pod.Run(t, "ip route add default dev other")
@@ -315,12 +316,12 @@ func TestDelMeetsLessThanAddLeft(t *testing.T) {
 		"no bridge":     func(n *node, _ string) { n.Run(t, "ip link del tweed0") },
 		"no node.json":  func(n *node, _ string) { os.Remove(nodeInfoPath(n.runDir)) },
 		"no store":      func(n *node, _ string) { os.RemoveAll(n.runDir) },
-		"broken record": func(n *node, _ string) { os.WriteFile(n.runDir+"/pods/"+vethName("one", "eth0"), nil, 0o644) },
+		"broken record": func(n *node, _ string) { _ = os.WriteFile(n.runDir+"/pods/"+vethName("one", "eth0"), nil, 0o644) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, subnet4, subnet6)
 			n.Run(t, "ip netns add one")
-			t.Cleanup(func() { n.Try(t, "ip netns del one") })
+			t.Cleanup(func() { _, _ = n.Try(t, "ip netns del one") })
 			if _, err := n.add("one", "/run/netns/one"); err != nil {
 				t.Fatal(err)
 			}
@@ -397,7 +398,7 @@ func TestSubnetIsUsedUp(t *testing.T) {
 	n := newNode(t, "10.244.3.0/30")
 	pod := netnstest.New(t)
 	n.Run(t, "ip netns add usedup")
-	t.Cleanup(func() { n.Try(t, "ip netns del usedup") })
+	t.Cleanup(func() { _, _ = n.Try(t, "ip netns del usedup") })
 	if _, err := n.add("one", "/run/netns/usedup"); err != nil {
 		t.Fatal(err)
 	}
@@ -433,7 +434,7 @@ func (n *node) signalled(container, netns string, sig syscall.Signal, after time
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	timer := time.AfterFunc(after, func() { cmd.Process.Signal(sig) })
+	timer := time.AfterFunc(after, func() { _ = cmd.Process.Signal(sig) })
 	err = cmd.Wait()
 	timer.Stop()
 	return out.String(), err
@@ -478,11 +479,12 @@ func TestAddIsTerminated(t *testing.T) {
 		pod := netnstest.New(t)
 		out, err := n.signalled(name, pod.Path(), syscall.SIGTERM, 2*time.Millisecond+rand.N(6*time.Millisecond))
 		var exit *exec.ExitError
-		if errors.As(err, &exit) && exit.ExitCode() < 0 {
+		switch {
+		case errors.As(err, &exit) && exit.ExitCode() < 0:
 			// It had not come to its handler yet, so it had done nothing either.
-		} else if err != nil && !strings.Contains(out, "interrupted") {
+		case err != nil && !strings.Contains(out, "interrupted"):
 			t.Errorf("failed by itself: %s", out)
-		} else if err == nil {
+		case err == nil:
 			if err := n.checkAgainst(name, pod.Path(), out); err != nil {
 				t.Errorf("finished, but: %v", err)
 			}

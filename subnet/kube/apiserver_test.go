@@ -2,6 +2,7 @@ package kube_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -188,7 +189,7 @@ func (a *apiServer) serve(w http.ResponseWriter, r *http.Request) {
 	switch code {
 	case 0:
 	case http.StatusForbidden:
-		v.fail(apierrors.NewForbidden(nodes, name, fmt.Errorf("not allowed")))
+		v.fail(apierrors.NewForbidden(nodes, name, errors.New("not allowed")))
 		return
 	case http.StatusUnauthorized:
 		v.fail(apierrors.NewUnauthorized("Unauthorized"))
@@ -446,7 +447,7 @@ func (v view) stream() func(watch.EventType, *corev1.Node) {
 	v.w.WriteHeader(http.StatusOK)
 	flush := v.w.(http.Flusher).Flush
 	flush()
-	frames := v.info.StreamSerializer.Framer.NewFrameWriter(v.w)
+	frames := v.info.StreamSerializer.NewFrameWriter(v.w)
 	encoder := restwatch.NewEncoder(streaming.NewEncoder(frames, v.info.StreamSerializer.Serializer), v.info.Serializer)
 	return func(kind watch.EventType, n *corev1.Node) {
 		_ = encoder.Encode(&watch.Event{Type: kind, Object: v.one(n)})

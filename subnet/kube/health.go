@@ -23,8 +23,9 @@ type failure struct {
 	err     error
 }
 
-// note records the outcome of a request. Only the first failure and the end of the last one are logged.
-func (h *health) note(request string, err error) {
+// note records the outcome of a request, and reports whether that begins or ends a time of failures. Only these two are
+// logged.
+func (h *health) note(request string, err error) (changed bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	before := len(h.failures)
@@ -44,6 +45,7 @@ func (h *health) note(request string, err error) {
 	case before > 0 && len(failures) == 0:
 		h.log.Info("API server back")
 	}
+	return (before == 0) != (len(failures) == 0)
 }
 
 // err returns the failure that has just happened, if none has been made good since.

@@ -75,7 +75,10 @@ func equalNodes(a, b subnet.Node) bool {
 }
 
 func equalErrors(a, b error) bool {
-	return a == b || a != nil && b != nil && a.Error() == b.Error()
+	if a == nil || b == nil {
+		return a == nil && b == nil
+	}
+	return a.Error() == b.Error()
 }
 
 // readNode reads what a Node says about itself.

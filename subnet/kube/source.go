@@ -15,6 +15,7 @@ import (
 
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -40,6 +41,7 @@ type Source struct {
 	all    table
 	self   own
 	health health
+	ring   func() // of Run
 }
 
 // New returns a Source for the node of that name. It asks the API server nothing yet: an error means that cfg cannot
@@ -117,11 +119,12 @@ func ListOnce(ctx context.Context, cfg *rest.Config) (subnet.List, error) {
 }
 
 // Run keeps the Source up to date until ctx ends, and then returns nil. It calls ring after each change of what List or
-// Self return. While the API server is away, what it said last stays.
+// Self return, and when Err begins or ends. While the API server is away, what it said last stays.
 func (s *Source) Run(ctx context.Context, ring func()) error {
 	ctx = s.quiet(ctx)
-	nodes := nodeStore{&s.all, ring, func() { s.health.note("list nodes", nil) }}
-	self := ownStore{&s.self, ring, func() { s.health.note("list own node", nil) }, s.missing()}
+	s.ring = ring
+	nodes := nodeStore{&s.all, ring, func() { s.note(ctx, "list", "nodes", nil) }}
+	self := ownStore{&s.self, ring, func() { s.note(ctx, "list", "own node", nil) }, s.missing()}
 	var wg sync.WaitGroup
 	wg.Go(func() { follow(ctx, s.nodes(), &metav1.PartialObjectMetadata{}, nodes) })
 	wg.Go(func() { follow(ctx, s.own(), &corev1.Node{}, self) })
@@ -216,13 +219,16 @@ func (s *Source) listWatch(what string, list cache.ListWithContextFunc, open cac
 }
 
 func (s *Source) note(ctx context.Context, verb, what string, err error) {
-	if ctx.Err() != nil {
+	// A server that remembers no version as old as ours answers: what it cannot tell, the list that follows does.
+	if ctx.Err() != nil || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
 		return
 	}
 	if err != nil {
 		err = explain(verb, s.server, err)
 	}
-	s.health.note(verb+" "+what, err)
+	if s.health.note(verb+" "+what, err) {
+		s.ring()
+	}
 }
 
 // quiet has what client-go logs under ctx logged at debug level.

@@ -49,8 +49,8 @@ func startDaemon(t *testing.T, a *apiServer, node string) *daemon {
 			if err != nil {
 				t.Errorf("Run: %v", err)
 			}
-		case <-time.After(2 * time.Second):
-			t.Errorf("Run goes on 2 s after its context has ended")
+		case <-time.After(20 * time.Second):
+			t.Errorf("Run goes on 20 s after its context has ended")
 		}
 	})
 	t.Cleanup(func() { d.stop() })

@@ -371,7 +371,10 @@ func (d *Directory) found() {
 }
 
 func equalErrors(a, b error) bool {
-	return a == b || a != nil && b != nil && a.Error() == b.Error()
+	if a == nil || b == nil {
+		return a == nil && b == nil
+	}
+	return a.Error() == b.Error()
 }
 
 // lost records that the directory cannot be watched, and why.

@@ -427,7 +427,7 @@ func TestGarbageFilesLeaveTheOthersAlone(t *testing.T) {
 		good[:len(good)-1]: "unexpected EOF",
 		good + good:        "followed by something else",
 		strings.Replace(good, `"bad"`, `"n2"`, 1):                       `names node "n2" instead of bad`,
-		strings.Replace(good, "since", "sinse", 1):                      `unknown field "sinse"`,
+		strings.Replace(good, "since", "sinc", 1):                       `unknown field "sinc"`,
 		strings.Replace(good, "2026-03-01", "yesterday", 1):             "is not a lease",
 		strings.Replace(good, `"since":"2026-03-01T12:00:00Z",`, "", 1): `the key "since" is missing`,
 		strings.Replace(good, "10.244.30.0", "10.244.30.1", 1):          "subnets: \"10.244.30.1/24\" is not a subnet",

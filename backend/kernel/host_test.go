@@ -1,0 +1,110 @@
+package kernel
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/kernel/netnstest"
+	"tweed.dev/tweed/backend/masq"
+)
+
+// A fakeHost is a Fake as the exam wants it.
+type fakeHost struct{ *Fake }
+
+func newFakeHost() fakeHost {
+	f := NewFake()
+	f.SetInterface(backend.Interface{Name: "eth0", MTU: 1500, Up: true, Default4: true, Default6: true,
+		Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.11/24"), netip.MustParsePrefix("2001:db8::11/64")}})
+	return fakeHost{f}
+}
+
+func (h fakeHost) deleteUplink()                { h.RemoveInterface("eth0") }
+func (h fakeHost) addStranger(o backend.Object) { h.AddStranger(o) }
+func (h fakeHost) byHand(op backend.Op) {
+	if err := h.ByHand(op); err != nil {
+		panic(err)
+	}
+}
+
+// A realHost is a Kernel in a network namespace of its own.
+type realHost struct {
+	*Kernel
+	t  testing.TB
+	ns *netnstest.NS
+}
+
+func newRealHost(t testing.TB) *realHost {
+	h := &realHost{t: t, ns: netnstest.New(t)}
+	for _, c := range []string{
+		"ip link add eth0 mtu 1500 type veth peer name wire", "ip link set wire up", "ip link set eth0 up",
+		"ip addr add 192.0.2.11/24 dev eth0", "ip addr add 2001:db8::11/64 dev eth0 nodad",
+		"ip route add default via 192.0.2.1", "ip route add default via 2001:db8::1",
+	} {
+		h.ns.Run(t, c)
+	}
+	h.open()
+	return h
+}
+
+// open makes the Kernel.
+func (h *realHost) open() {
+	var err error
+	h.ns.Do(h.t, func() { h.Kernel, err = New(Options{}) })
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(h.Close)
+}
+
+func (h *realHost) Observe(ctx context.Context, want backend.State) (have backend.Observed, err error) {
+	h.ns.Do(h.t, func() { have, err = h.Kernel.Observe(ctx, want) })
+	return have, err
+}
+
+func (h *realHost) Apply(ctx context.Context, op backend.Op) (err error) {
+	h.ns.Do(h.t, func() { err = h.Kernel.Apply(ctx, op) })
+	return err
+}
+
+func (h *realHost) ObserveFilter(ctx context.Context, want masq.Ruleset) (have masq.Ruleset, err error) {
+	h.ns.Do(h.t, func() { have, err = h.Kernel.ObserveFilter(ctx, want) })
+	return have, err
+}
+
+func (h *realHost) Interfaces(ctx context.Context) (all []backend.Interface, err error) {
+	h.ns.Do(h.t, func() { all, err = h.Kernel.Interfaces(ctx) })
+	return all, err
+}
+
+func (h *realHost) RouterAdvertised(ctx context.Context) (devs []string, err error) {
+	h.ns.Do(h.t, func() { devs, err = h.Kernel.RouterAdvertised(ctx) })
+	return devs, err
+}
+
+func (h *realHost) Watch(ctx context.Context, uplink func(string) bool, ring func()) (err error) {
+	h.ns.Do(h.t, func() { err = h.Kernel.Watch(ctx, uplink, ring) })
+	return err
+}
+
+func (h *realHost) deleteUplink() { h.ns.Run(h.t, "ip link del eth0") }
+
+func (h *realHost) addStranger(o backend.Object) {
+	switch o := o.(type) {
+	case backend.Link:
+		how := "type bridge"
+		if o.Type == backend.KindVXLAN {
+			how = fmt.Sprintf("type vxlan id %d dstport %d local %s", o.VXLAN.VNI, o.VXLAN.Port, o.VXLAN.Local)
+		}
+		h.ns.Run(h.t, fmt.Sprintf("ip link add %s %s", o.Name, how))
+	case backend.Route:
+		h.ns.Run(h.t, fmt.Sprintf("ip route add %s dev %s", o.Dst, o.Dev))
+	case backend.Rule:
+		h.ns.Run(h.t, fmt.Sprintf("ip rule add pref %d from %s lookup %d", o.Priority, o.From, o.Table))
+	}
+}
+
+// byHand types what the operation says.
+func (h *realHost) byHand(op backend.Op) { h.ns.Run(h.t, op.String()) }

@@ -1,0 +1,125 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend"
+)
+
+// Interfaces lists this host's network devices in the kernel's order, for the choice of an uplink. Addresses that
+// should not be used any more, or that change by themselves (RFC 8981), are left out.
+func (k *Kernel) Interfaces(ctx context.Context) ([]backend.Interface, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	links, err := k.links("")
+	if err != nil {
+		return nil, err
+	}
+	addrs, err := k.globalAddrs()
+	if err != nil {
+		return nil, err
+	}
+	default4, err := k.defaultDevs(unix.AF_INET)
+	if err != nil {
+		return nil, err
+	}
+	default6, err := k.defaultDevs(unix.AF_INET6)
+	if err != nil {
+		return nil, err
+	}
+	var out []backend.Interface
+	for _, l := range links {
+		out = append(out, backend.Interface{
+			Name: l.name, MTU: l.mtu, Up: l.up, Ours: l.group == backend.Owner, Addrs: addrs[l.index],
+			Default4: slices.Contains(default4, l.index), Default6: slices.Contains(default6, l.index),
+		})
+	}
+	return out, nil
+}
+
+// globalAddrs returns the usable addresses of global scope by the index of their device.
+func (k *Kernel) globalAddrs() (addrs map[int][]netip.Prefix, err error) {
+	m := make(message, unix.SizeofIfAddrmsg)
+	err = k.conn.dump(unix.RTM_GETADDR, m, func() { addrs = map[int][]netip.Prefix{} }, func(b []byte) {
+		a, ok := parseAddr(b)
+		unusable := uint32(unix.IFA_F_DEPRECATED | unix.IFA_F_DADFAILED)
+		if a.prefix.Addr().Is6() {
+			unusable |= unix.IFA_F_TEMPORARY // the same bit says "secondary" of an IPv4 address
+		}
+		if ok && a.scope == unix.RT_SCOPE_UNIVERSE && a.flags&unusable == 0 {
+			addrs[a.index] = append(addrs[a.index], a.prefix)
+		}
+	})
+	return addrs, wrap(err, "listing addresses")
+}
+
+// defaultDevs returns the devices that the best default route of a family leaves by.
+func (k *Kernel) defaultDevs(family uint8) (devs []int, err error) {
+	m := make(message, unix.SizeofRtMsg, 32)
+	m[0] = family
+	m.u32(unix.RTA_TABLE, unix.RT_TABLE_MAIN)
+	var routes []route
+	err = k.conn.dump(unix.RTM_GETROUTE, m, func() { routes = nil }, func(b []byte) {
+		// Thousands may lead to peers: they are not even parsed.
+		if len(b) > 1 && b[1] == 0 {
+			if r, ok := parseRoute(b); ok && r.family == family && r.isDefault() {
+				routes = append(routes, r)
+			}
+		}
+	})
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return nil, fmt.Errorf("listing routes: %w", err)
+	}
+	best := math.MaxInt
+	for _, r := range routes {
+		switch {
+		case r.key.Metric > best:
+			continue
+		case r.key.Metric < best:
+			best, devs = r.key.Metric, nil
+		}
+		devs = append(devs, r.devs()...)
+	}
+	return devs, nil
+}
+
+// RouterAdvertised returns the names of the devices that have a route learned by router advertisement and would lose
+// it, because with forwarding on the kernel heeds advertisements only where accept_ra is 2
+// (Documentation/networking/ip-sysctl.rst).
+func (k *Kernel) RouterAdvertised(ctx context.Context) ([]string, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	routes, err := k.routes(unix.AF_INET6, unix.RTPROT_RA, unix.RT_TABLE_UNSPEC)
+	if err != nil {
+		return nil, err
+	}
+	indexes := map[int]bool{}
+	for _, r := range routes {
+		for _, dev := range r.devs() {
+			indexes[dev] = true
+		}
+	}
+	var names []string
+	for index := range indexes {
+		l, err := k.linkByIndex(index)
+		if err != nil {
+			continue // gone, and with it its routes
+		}
+		value, err := k.readSysctl(filepath.Join("net/ipv6/conf", l.name, "accept_ra"))
+		if err == nil && strings.TrimSpace(value) == "1" {
+			names = append(names, l.name)
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}

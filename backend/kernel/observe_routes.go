@@ -1,0 +1,168 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend"
+)
+
+// kernelMetric6 is the metric that the kernel gives an IPv6 route that comes without one (IP6_RT_PRIO_USER).
+const kernelMetric6 = 1024
+
+func (s *survey) lookAtRoutes() error {
+	s.have.Routes = make(map[backend.RouteKey]backend.Route, len(s.want.Routes))
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		routes, err := s.routes(family, backend.Owner, unix.RT_TABLE_UNSPEC)
+		if err != nil {
+			return err
+		}
+		for _, r := range routes {
+			if err := s.addRoute(r); err != nil {
+				return err
+			}
+		}
+	}
+	return s.lookForStrangeRoutes()
+}
+
+// routes returns the routes of one family that have the protocol and are in the table; 0 stands for all.
+func (k *Kernel) routes(family, protocol uint8, table int) (routes []route, err error) {
+	m := make(message, unix.SizeofRtMsg, 32)
+	m[0], m[5] = family, protocol
+	if table != unix.RT_TABLE_UNSPEC {
+		m.u32(unix.RTA_TABLE, uint32(table))
+	}
+	err = k.conn.dump(unix.RTM_GETROUTE, m, func() { routes = routes[:0] }, func(b []byte) {
+		r, ok := parseRoute(b)
+		if ok && r.family == family && r.flags&unix.RTM_F_CLONED == 0 &&
+			(protocol == 0 || r.protocol == protocol) && (table == unix.RT_TABLE_UNSPEC || r.key.Table == table) {
+			routes = append(routes, r)
+		}
+	})
+	if errors.Is(err, unix.ENOENT) { // nobody has used the table yet
+		return nil, nil
+	}
+	return routes, wrap(err, "listing routes")
+}
+
+func (s *survey) addRoute(r route) error {
+	v := backend.Route{RouteKey: s.routeKey(r)}
+	// One of another type, or with several nexthops, cannot be told by a value: without a device it is like none we want.
+	if r.typ == unix.RTN_UNICAST && r.hops == nil && r.dev != 0 {
+		dev, err := s.name(r.dev)
+		if errors.Is(err, unix.ENODEV) { // gone since, and the route with it
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		v.Dev, v.Via, v.Src, v.Onlink = dev, r.via, r.src, r.flags&unix.RTNH_F_ONLINK != 0
+	}
+	s.have.Routes[v.RouteKey] = v
+	return nil
+}
+
+// routeKey writes the kernel's own metric as State does.
+func (s *survey) routeKey(r route) backend.RouteKey {
+	if r.family != unix.AF_INET6 || r.key.Metric != kernelMetric6 {
+		return r.key
+	}
+	if _, spelled := s.want.Routes[r.key]; spelled {
+		return r.key
+	}
+	r.key.Metric = 0
+	return r.key
+}
+
+// lookForStrangeRoutes reads all routes, but only if there is one to add or to change: at rest others' routes, which
+// may be very many, are of no interest.
+func (s *survey) lookForStrangeRoutes() error {
+	type place struct {
+		family uint8
+		table  int
+	}
+	missing := map[backend.RouteKey]bool{}
+	places := map[place]bool{}
+	for key, want := range s.want.Routes {
+		want.Peer = ""
+		if have, there := s.have.Routes[key]; !there || have != want {
+			missing[key] = true
+			places[place{family(key.Dst.Addr()), key.Table}] = true
+		}
+	}
+	for p := range places {
+		routes, err := s.routes(p.family, 0, p.table)
+		if err != nil {
+			return err
+		}
+		for _, r := range routes {
+			key := s.routeKey(r)
+			if r.protocol == backend.Owner || r.tos != 0 || !missing[key] {
+				continue
+			}
+			delete(missing, key) // one stranger at a place is enough
+			what := s.describe(r)
+			s.stranger(key, "the route %s is there and is not ours; remove it: ip route del %s", what, what)
+		}
+	}
+	return nil
+}
+
+// describe writes a route as the ip command does.
+func (s *survey) describe(r route) string {
+	var b strings.Builder
+	if r.typ != unix.RTN_UNICAST {
+		fmt.Fprintf(&b, "%s ", routeType(r.typ))
+	}
+	b.WriteString(r.key.Dst.String())
+	if r.via.IsValid() {
+		fmt.Fprintf(&b, " via %s", r.via)
+	}
+	if name, err := s.name(r.dev); r.dev != 0 && err == nil {
+		fmt.Fprintf(&b, " dev %s", name)
+	}
+	if r.key.Table != unix.RT_TABLE_MAIN {
+		fmt.Fprintf(&b, " table %d", r.key.Table)
+	}
+	if r.key.Metric != 0 {
+		fmt.Fprintf(&b, " metric %d", r.key.Metric)
+	}
+	fmt.Fprintf(&b, " proto %d", r.protocol)
+	return b.String()
+}
+
+func routeType(typ uint8) string {
+	switch typ {
+	case unix.RTN_LOCAL:
+		return "local"
+	case unix.RTN_BROADCAST:
+		return "broadcast"
+	case unix.RTN_ANYCAST:
+		return "anycast"
+	case unix.RTN_MULTICAST:
+		return "multicast"
+	case unix.RTN_BLACKHOLE:
+		return "blackhole"
+	case unix.RTN_UNREACHABLE:
+		return "unreachable"
+	case unix.RTN_PROHIBIT:
+		return "prohibit"
+	}
+	return fmt.Sprintf("type %d", typ)
+}
+
+// isDefault reports whether r sends what no other route of the main table does.
+func (r route) isDefault() bool {
+	return r.typ == unix.RTN_UNICAST && r.key.Table == unix.RT_TABLE_MAIN && r.key.Dst.Bits() == 0
+}
+
+// devs returns the indexes of the devices that r leaves by.
+func (r route) devs() []int {
+	if r.dev != 0 {
+		return []int{r.dev}
+	}
+	return r.hops
+}

@@ -1,0 +1,233 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"syscall"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend"
+)
+
+// watchBuffer is how many bytes of notifications may wait. Programming a thousand peers makes some thousand.
+const watchBuffer = 4 << 20
+
+// Of linux/netconf.h; x/sys/unix does not have them.
+const (
+	netconfIfindex    = 1  // NETCONFA_IFINDEX
+	netconfForwarding = 2  // NETCONFA_FORWARDING
+	netconfAll        = -1 // NETCONFA_IFINDEX_ALL
+	sizeofNetconf     = 4  // struct netconfmsg, padded
+)
+
+// Watch calls ring whenever something changed that a pass might have to repair: on links of ours and what hangs on
+// them, on devices for which uplink says yes, on routes and rules with our protocol, in forwarding, in the packet
+// filter. It rings once at the start, when nothing can be missed any more, and where notifications were lost. It
+// returns nil when ctx ends. ring must not block.
+func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring func()) error {
+	routing, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH,
+		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
+		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF)
+	if err != nil {
+		return err
+	}
+	defer routing.Close()
+	w := &watcher{kernel: k, uplink: uplink}
+	if err := w.reset(); err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	if filter, err := subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
+		k.log.Info("changes of the packet filter are found by looking, not at once", "why", err)
+	} else {
+		defer filter.Close()
+		k.filter.changes.Add(1) // while nobody listened, nobody can say
+		k.filter.watchers.Add(1)
+		defer k.filter.watchers.Add(-1)
+		lost := func() error { k.filter.changes.Add(1); return nil }
+		g.Go(func() error { return k.listen(ctx, filter, k.filter.heard, lost, ring) })
+	}
+	g.Go(func() error { return k.listen(ctx, routing, w.heard, w.reset, ring) })
+	ring()
+	return g.Wait()
+}
+
+func subscribe(protocol int, groups ...uint) (*nl.NetlinkSocket, error) {
+	s, err := nl.Subscribe(protocol, groups...)
+	if err != nil {
+		return nil, fmt.Errorf("subscribing to the kernel's notifications: %w", err)
+	}
+	if s.SetReceiveBufferSize(watchBuffer, true) != nil { // beyond the limit of net.core.rmem_max
+		_ = s.SetReceiveBufferSize(watchBuffer, false) // up to it; if it is too small, a loss rings
+	}
+	return s, nil
+}
+
+// listen rings for each batch of notifications in which one was heard that matters. The socket stays subscribed while
+// it loses some, so a ring after a loss is never too early.
+func (k *Kernel) listen(ctx context.Context, s *nl.NetlinkSocket, heard func(syscall.NetlinkMessage) bool,
+	reset func() error, ring func()) error {
+	stop := context.AfterFunc(ctx, s.Close)
+	defer stop()
+	for {
+		msgs, _, err := s.Receive()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.EINVAL): // lost, or longer than could be read
+			if err := reset(); err != nil {
+				return err
+			}
+			ring()
+			continue
+		case errors.Is(err, unix.EINTR):
+			continue
+		case errors.Is(err, os.ErrClosed):
+			return nil
+		case err != nil:
+			return fmt.Errorf("receiving the kernel's notifications: %w", err)
+		}
+		matters := false
+		for _, m := range msgs {
+			matters = heard(m) || matters
+		}
+		if matters {
+			ring()
+		}
+	}
+}
+
+// A watcher tells which notifications matter. It remembers what it heard, because the kernel repeats itself: a router
+// advertisement renews an address, a device's counters make a link message.
+type watcher struct {
+	kernel *Kernel
+	uplink func(dev string) bool
+	links  map[int]link
+	addrs  map[addrAt]uint32 // flags
+	// forwarding is what was last heard of it, by family and index.
+	forwarding map[[2]int]uint32
+}
+
+type addrAt struct {
+	index  int
+	prefix netip.Prefix
+}
+
+// reset starts over from what the kernel holds.
+func (w *watcher) reset() error {
+	links, err := w.kernel.links("")
+	if err != nil {
+		return err
+	}
+	w.links = map[int]link{}
+	for _, l := range links {
+		w.links[l.index] = l
+	}
+	w.forwarding = map[[2]int]uint32{}
+	m := make(message, unix.SizeofIfAddrmsg)
+	err = w.kernel.conn.dump(unix.RTM_GETADDR, m, func() { w.addrs = map[addrAt]uint32{} }, func(b []byte) {
+		if a, ok := parseAddr(b); ok {
+			w.addrs[addrAt{a.index, a.prefix}] = a.flags
+		}
+	})
+	return wrap(err, "listing addresses")
+}
+
+func (w *watcher) heard(m syscall.NetlinkMessage) bool {
+	switch m.Header.Type {
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		return w.heardLink(m.Header.Type, m.Data)
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		return w.heardAddr(m.Header.Type, m.Data)
+	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
+		return w.heardNeigh(m.Data)
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		return len(m.Data) >= unix.SizeofRtMsg && m.Data[5] == backend.Owner
+	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
+		r, ok := parseRule(m.Data)
+		return ok && r.protocol == backend.Owner
+	case unix.RTM_NEWNETCONF:
+		return w.heardNetconf(m.Data)
+	}
+	return false
+}
+
+func (w *watcher) matters(l link) bool { return l.ours() || w.uplink(l.name) }
+
+func (w *watcher) heardLink(typ uint16, b []byte) bool {
+	// Bridges tell of their ports in messages of a family of their own, which do not hold what the link itself is.
+	if len(b) == 0 || b[0] != unix.AF_UNSPEC {
+		return false
+	}
+	l, ok := parseLink(b)
+	if !ok {
+		return false
+	}
+	was, known := w.links[l.index]
+	if typ == unix.RTM_DELLINK {
+		delete(w.links, l.index)
+		return w.matters(l) || known && w.matters(was)
+	}
+	w.links[l.index] = l
+	return (!known || was != l) && (w.matters(l) || known && w.matters(was))
+}
+
+func (w *watcher) heardAddr(typ uint16, b []byte) bool {
+	a, ok := parseAddr(b)
+	if !ok {
+		return false
+	}
+	at := addrAt{a.index, a.prefix}
+	flags, known := w.addrs[at]
+	if typ == unix.RTM_DELADDR {
+		delete(w.addrs, at)
+	} else {
+		w.addrs[at] = a.flags
+	}
+	// The link-local IPv6 addresses are the kernel's own, and change while it tries whether they are unique.
+	ip := a.prefix.Addr()
+	if ip.Is6() && ip.IsLinkLocalUnicast() || !w.matters(w.links[a.index]) {
+		return false
+	}
+	return typ == unix.RTM_DELADDR || !known || flags != a.flags
+}
+
+// heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair, and what the
+// kernel makes of it by itself no repair.
+func (w *watcher) heardNeigh(b []byte) bool {
+	n, ok := parseNeigh(b)
+	l := w.links[n.index]
+	return ok && l.ours() && l.is(backend.KindVXLAN) && n.state&unix.NUD_NOARP == 0
+}
+
+func (w *watcher) heardNetconf(b []byte) bool {
+	if len(b) < sizeofNetconf {
+		return false
+	}
+	index, forwarding, has := 0, uint32(0), false
+	for typ, v := range attrs(b[sizeofNetconf:]) {
+		switch typ {
+		case netconfIfindex:
+			index = int(int32(getU32(v)))
+		case netconfForwarding:
+			forwarding, has = getU32(v), true
+		}
+	}
+	if !has || index != netconfAll && !w.links[index].ours() {
+		return false
+	}
+	at := [2]int{int(b[0]), index}
+	was, known := w.forwarding[at]
+	w.forwarding[at] = forwarding
+	return !known || was != forwarding
+}
+
+// newGeneration reports whether m ends a change of nftables, which iptables makes too in its newer form.
+func newGeneration(m syscall.NetlinkMessage) bool {
+	return m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN
+}

@@ -1,0 +1,128 @@
+package kernel
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend/kernel/netnstest"
+)
+
+// addPod hangs a namespace on the bridge, as the plugin does: a veth with our group.
+func addPod(t *testing.T, h *realHost, n int) *netnstest.NS {
+	t.Helper()
+	pod := netnstest.New(t)
+	h.ns.Run(t, fmt.Sprintf("ip link add veth%d group 116 type veth peer name eth0 netns %s", n, pod.Path()))
+	h.ns.Run(t, fmt.Sprintf("ip link set veth%d master tweed0 up", n))
+	for _, c := range []string{
+		"ip link set eth0 up", fmt.Sprintf("ip addr add 10.244.3.%d/24 dev eth0", n),
+		fmt.Sprintf("ip addr add fd00:10:244:3::%d/64 dev eth0 nodad", n),
+		"ip route add default via 10.244.3.1", "ip route add default via fd00:10:244:3::1",
+	} {
+		pod.Run(t, c)
+	}
+	return pod
+}
+
+func TestPodsAndTheirTrafficRingNoBell(t *testing.T) {
+	h := newRealHost(t)
+	pass(t, h, sample())
+	r := watch(t, h, func(dev string) bool { return dev == "eth0" })
+	a, _ := addPod(t, h, 10), addPod(t, h, 11)
+	eventually(t, a, "ping -c 1 -W 1 10.244.3.11")
+	eventually(t, a, "ping -c 1 -W 1 fd00:10:244:3::11")
+	eventually(t, a, "ping -c 1 -W 1 10.244.3.1")
+	a.Run(t, "ip neigh flush all")
+	eventually(t, a, "ping -c 1 -W 1 10.244.3.1")
+	h.ns.Run(t, "ip neigh flush all")
+	eventually(t, h.ns, "ping -c 1 -W 1 10.244.3.10")
+	h.ns.Run(t, "ip link del veth11")
+	if r.quiet() {
+		t.Error("rang for pods")
+	}
+	settled(t, h, sample())
+	// Nor do others' links, routes and addresses.
+	h.ns.Run(t, "ip link add other type bridge")
+	h.ns.Run(t, "ip link set other up")
+	h.ns.Run(t, "ip addr add 203.0.113.1/24 dev other")
+	h.ns.Run(t, "ip route add 203.0.114.0/24 dev other")
+	h.ns.Run(t, "ip rule add pref 77 from 203.0.113.0/24 lookup 77")
+	if r.quiet() {
+		t.Error("rang for strangers")
+	}
+}
+
+func TestEventThatSaysNothingNewRingsNoBell(t *testing.T) {
+	h := newRealHost(t)
+	pass(t, h, sample())
+	h.ns.Run(t, "ip addr add 2001:db8::99/64 dev eth0 nodad valid_lft 1000 preferred_lft 1000")
+	r := watch(t, h, func(dev string) bool { return dev == "eth0" })
+	h.ns.Run(t, "ip addr replace 2001:db8::99/64 dev eth0 nodad valid_lft 2000 preferred_lft 2000")
+	h.ns.Run(t, "ip addr replace 2001:db8::99/64 dev eth0 nodad valid_lft 3000 preferred_lft 3000")
+	h.ns.Run(t, "ip link set eth0 txqueuelen 777")
+	h.ns.Run(t, "ip link set tweed.1 txqueuelen 777")
+	if r.quiet() {
+		t.Error("rang for a lifetime and queue lengths")
+	}
+	h.ns.Run(t, "ip link set eth0 mtu 1400")
+	r.await(t, "the uplink's MTU")
+	r.quiet()
+	h.ns.Run(t, "ip addr del 2001:db8::99/64 dev eth0")
+	r.await(t, "an address of the uplink")
+	r.quiet()
+	h.ns.Run(t, "ip link set tweed0 type bridge nf_call_iptables 0")
+	r.await(t, "an option of the bridge")
+}
+
+func TestChangeOfThePacketFilterRings(t *testing.T) {
+	h := newRealHost(t)
+	filterPass(t, h, dualStackFilter(t))
+	r := watch(t, h, func(string) bool { return false })
+	h.ns.Run(t, "iptables -t nat -F TWEED-POSTRTG")
+	r.await(t, "a chain of ours emptied")
+	filterPass(t, h, dualStackFilter(t))
+}
+
+// More notifications than the socket holds are lost; the loss itself must ring, and what was remembered is read anew.
+func TestLostNotificationsRing(t *testing.T) {
+	h := newRealHost(t)
+	r := rings{make(chan struct{}, 1000)}
+	resets := 0
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	h.ns.Do(t, func() {
+		s, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_IFADDR)
+		if err == nil {
+			err = s.SetReceiveBufferSize(1, false)
+		}
+		if err != nil {
+			t.Errorf("subscribing: %v", err)
+			return
+		}
+		var batch strings.Builder
+		for n := range 200 {
+			fmt.Fprintf(&batch, "addr add 203.0.113.%d/32 dev wire\n", n)
+		}
+		runBatch(t, h.ns, "ip", batch.String())
+		done := make(chan error)
+		go func() {
+			heard := func(m netlinkMessage) bool { return false }
+			done <- h.listen(ctx, s, heard, func() error { resets++; return nil }, func() { r.bell <- struct{}{} })
+		}()
+		select {
+		case <-r.bell:
+		case <-time.After(5 * time.Second):
+			t.Error("no ring for what was lost")
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("listening: %v", err)
+		}
+	})
+	if resets == 0 {
+		t.Error("nothing was read anew")
+	}
+}

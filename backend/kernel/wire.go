@@ -1,0 +1,186 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"iter"
+	"net/netip"
+
+	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend"
+)
+
+// A conn is one rtnetlink socket. Requests of several goroutines take turns on it.
+//
+// Messages are built and read here and not by the library's typed functions: these read every attribute of every
+// object, and refuse or forget some that we need.
+type conn struct{ sockets map[int]*nl.SocketHandle }
+
+// dial opens a socket in the calling thread's network namespace.
+func dial() (*conn, error) {
+	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("opening a netlink socket: %w", err)
+	}
+	if err := errors.Join(
+		s.SetSendTimeout(&nl.SocketTimeoutTv),
+		s.SetReceiveTimeout(&nl.SocketTimeoutTv),
+		s.SetExtAck(true),
+		// Without it the kernel ignores what a dump asks to leave out.
+		unix.SetsockoptInt(s.GetFd(), unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1),
+	); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("preparing a netlink socket: %w", err)
+	}
+	return &conn{map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}}, nil
+}
+
+func (c *conn) close() { c.sockets[unix.NETLINK_ROUTE].Close() }
+
+func (c *conn) request(typ uint16, flags int, m message) *nl.NetlinkRequest {
+	return &nl.NetlinkRequest{
+		NlMsghdr: unix.NlMsghdr{Type: typ, Flags: unix.NLM_F_REQUEST | uint16(flags)},
+		RawData:  m,
+		Sockets:  c.sockets,
+	}
+}
+
+// do asks for a change and waits for its acknowledgement.
+func (c *conn) do(typ uint16, flags int, m message) error {
+	_, err := c.request(typ, unix.NLM_F_ACK|flags, m).Execute(unix.NETLINK_ROUTE, 0)
+	return err
+}
+
+// get asks for one object.
+func (c *conn) get(typ uint16, m message) ([]byte, error) {
+	msgs, err := c.request(typ, 0, m).Execute(unix.NETLINK_ROUTE, 0)
+	if err != nil {
+		return nil, err
+	}
+	if len(msgs) == 0 {
+		return nil, errors.New("the kernel answered nothing")
+	}
+	return msgs[0], nil
+}
+
+// dump calls each for every object that m asks for. It starts over when objects changed meanwhile, so before each try
+// reset is called.
+func (c *conn) dump(typ uint16, m message, reset func(), each func(msg []byte)) error {
+	const tries = 10
+	var err error
+	for range tries {
+		reset()
+		err = c.request(typ, unix.NLM_F_DUMP, m).ExecuteIter(unix.NETLINK_ROUTE, 0, func(msg []byte) bool {
+			each(msg)
+			return true
+		})
+		if !errors.Is(err, nl.ErrDumpInterrupted) {
+			return err
+		}
+	}
+	return fmt.Errorf("it changed during each of %d readings: %w", tries, err)
+}
+
+// A message is the body of a netlink message: a fixed header and attributes.
+type message []byte
+
+func linkMessage(index int, flags, change uint32) message {
+	m := make(message, unix.SizeofIfInfomsg, 128)
+	binary.NativeEndian.PutUint32(m[4:], uint32(index))
+	binary.NativeEndian.PutUint32(m[8:], flags)
+	binary.NativeEndian.PutUint32(m[12:], change)
+	return m
+}
+
+func (m *message) bytes(typ uint16, v []byte) {
+	*m = binary.NativeEndian.AppendUint16(*m, uint16(unix.SizeofRtAttr+len(v)))
+	*m = binary.NativeEndian.AppendUint16(*m, typ)
+	*m = append(*m, v...)
+	for len(*m)%unix.RTA_ALIGNTO != 0 {
+		*m = append(*m, 0)
+	}
+}
+
+func (m *message) u8(typ uint16, v uint8)   { m.bytes(typ, []byte{v}) }
+func (m *message) u32(typ uint16, v uint32) { m.bytes(typ, binary.NativeEndian.AppendUint32(nil, v)) }
+func (m *message) be16(typ, v uint16)       { m.bytes(typ, binary.BigEndian.AppendUint16(nil, v)) }
+func (m *message) string(typ uint16, v string) {
+	m.bytes(typ, append([]byte(v), 0))
+}
+
+func (m *message) addr(typ uint16, a netip.Addr) { m.bytes(typ, a.AsSlice()) }
+
+func (m *message) bool(typ uint16, v bool) {
+	if v {
+		m.u8(typ, 1)
+	} else {
+		m.u8(typ, 0)
+	}
+}
+
+func (m *message) nest(typ uint16, fill func(*message)) {
+	var inner message
+	fill(&inner)
+	m.bytes(typ, inner)
+}
+
+// attrs yields the type and value of each attribute in b, and stops at one that is cut off.
+func attrs(b []byte) iter.Seq2[uint16, []byte] {
+	return func(yield func(uint16, []byte) bool) {
+		for len(b) >= unix.SizeofRtAttr {
+			size := int(binary.NativeEndian.Uint16(b))
+			typ := binary.NativeEndian.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
+			if size < unix.SizeofRtAttr || size > len(b) || !yield(typ, b[unix.SizeofRtAttr:size]) {
+				return
+			}
+			b = b[min(len(b), (size+unix.RTA_ALIGNTO-1)&^(unix.RTA_ALIGNTO-1)):]
+		}
+	}
+}
+
+// The readers of values answer zero for a value that is too short.
+
+func getU8(v []byte) uint8 {
+	if len(v) < 1 {
+		return 0
+	}
+	return v[0]
+}
+
+func getU32(v []byte) uint32 {
+	if len(v) < 4 {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(v)
+}
+
+func getBE16(v []byte) uint16 {
+	if len(v) < 2 {
+		return 0
+	}
+	return binary.BigEndian.Uint16(v)
+}
+
+func getString(v []byte) string { return unix.ByteSliceToString(v) }
+
+func getAddr(v []byte) netip.Addr {
+	a, _ := netip.AddrFromSlice(v)
+	return a
+}
+
+func getMAC(v []byte) backend.MAC {
+	if len(v) != len(backend.MAC{}) {
+		return backend.MAC{}
+	}
+	return backend.MAC(v)
+}
+
+func family(a netip.Addr) uint8 {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}

@@ -1,0 +1,193 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+
+	"tweed.dev/tweed/e2e/cluster"
+	"tweed.dev/tweed/e2e/probe"
+)
+
+func (s *suite) nodeJoinsAndLeaves(t *testing.T) {
+	n4 := s.AddNode(t, "n4", podCIDRs(4)...)
+	removed := false
+	defer func() {
+		if !removed {
+			s.RemoveNode(t, n4)
+		}
+	}()
+	n4.StartDaemon(t)
+	s.awaitPeers(t)
+	n4.AddPod(t, "pod1")
+	s.podsAreSeen(t)
+	before := traces(t, s.nodes[0], n4)
+	if len(before) == 0 {
+		t.Error("while n4 is there, n1 has no route, neighbour or FDB entry for it")
+	}
+	mac := vtepMAC(t, n4)
+	s.RemoveNode(t, n4)
+	removed = true
+	for _, n := range s.nodes {
+		cluster.Await(t, n.Name+" to forget n4", func() error {
+			if left := grep(t, n, append(n4.PodCIDRs, mac, n4.Addrs[0].String())...); len(left) > 0 {
+				return fmt.Errorf("it still has\n%s", strings.Join(left, "\n"))
+			}
+			return nil
+		})
+	}
+	s.podsPing(t)
+}
+
+// traces are the kernel's entries on a node that lead to another.
+func traces(t *testing.T, on, to *cluster.Node) []string {
+	t.Helper()
+	return grep(t, on, append(to.PodCIDRs, vtepMAC(t, to), to.Addrs[0].String())...)
+}
+
+// grep returns the routes, FDB entries and permanent neighbours of a node's VXLAN device that contain one of the words.
+func grep(t *testing.T, n *cluster.Node, words ...string) (found []string) {
+	t.Helper()
+	for _, command := range []string{
+		"ip route show", "ip -6 route show", "ip neigh show dev tweed.1", "ip -6 neigh show dev tweed.1",
+		"bridge fdb show dev tweed.1",
+	} {
+		for line := range strings.Lines(n.NetNS.Run(t, command)) {
+			for _, w := range words {
+				if strings.Contains(line, w+" ") {
+					found = append(found, strings.TrimSpace(line))
+					break
+				}
+			}
+		}
+	}
+	return found
+}
+
+func (s *suite) daemonIsKilled(t *testing.T) { s.restart(t, syscall.SIGKILL, -1) }
+
+func (s *suite) daemonIsUpdated(t *testing.T) { s.restart(t, syscall.SIGTERM, 0) }
+
+// restart ends the daemons of both ends of a stream and starts them again; no datagram may be lost.
+func (s *suite) restart(t *testing.T, how syscall.Signal, status int) {
+	t.Helper()
+	s.podsPing(t) // neighbours that are still unknown lose datagrams of their own
+	from, to := s.nodes[0], s.nodes[1]
+	var streams []*probe.Stream
+	for _, addr := range to.Pods[0].Addrs {
+		stream, err := probe.StartStream(from.Pods[0].NetNS, to.Pods[0].NetNS, addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		streams = append(streams, stream)
+	}
+	for _, n := range []*cluster.Node{from, to} {
+		if got := n.Daemon.Stop(t, how); got != status {
+			t.Errorf("after %v the daemon on %s ends with status %d, want %d\n%s", how, n.Name, got, status, n.Daemon.Tail(10))
+		}
+	}
+	s.podsPing(t) // nobody needs the daemons for that
+	for _, n := range []*cluster.Node{from, to} {
+		n.StartDaemon(t)
+	}
+	s.awaitPeers(t)
+	for i, stream := range streams {
+		sent, err := stream.Stop()
+		if err != nil {
+			t.Errorf("to %s: %v", to.Pods[0].Addrs[i], err)
+		}
+		s.Progress("  %d datagrams to %s", sent, to.Pods[0].Addrs[i])
+	}
+}
+
+func (s *suite) annotationsAreChanged(t *testing.T) {
+	n := s.nodes[2]
+	for _, patch := range []string{
+		`{"metadata":{"annotations":{"tweed.dev/subnets":"garbage!"}}}`,
+		`{"metadata":{"annotations":{"tweed.dev/host":null,"tweed.dev/backend":null}}}`,
+	} {
+		s.PatchNode(t, n.Name, patch)
+		cluster.Await(t, "the daemon to publish again after "+patch, func() error { return s.published(t, n) })
+	}
+	s.awaitPeers(t)
+	s.podsPing(t)
+}
+
+func (s *suite) apiServerGoesAway(t *testing.T) {
+	n := s.nodes[0]
+	s.StopAPIServer(t)
+	s.podsPing(t)
+	entry := tunnelEntry(t, n)
+	n.NetNS.Run(t, "bridge fdb del "+entry)
+	cluster.Await(t, "the FDB entry "+entry+" to come back while the API server is away", func() error {
+		if tunnelEntry(t, n) == "" {
+			return errors.New("there is none")
+		}
+		return hasEntry(t, n, entry)
+	})
+	s.podsPing(t)
+	s.StartAPIServer(t)
+	s.somethingNewArrives(t)
+}
+
+// somethingNewArrives proves that all nodes hear of changes: a Node comes, gets its route everywhere, and goes.
+func (s *suite) somethingNewArrives(t *testing.T) {
+	t.Helper()
+	g := ghost(77)
+	s.CreateNode(t, g.name, nil, nil, g.annotations)
+	for _, n := range s.nodes {
+		cluster.Await(t, "a route to the new node on "+n.Name, func() error {
+			if len(grep(t, n, g.subnet)) == 0 {
+				return errors.New("there is none")
+			}
+			return nil
+		})
+	}
+	s.DeleteNode(t, g.name)
+	s.awaitPeers(t)
+}
+
+// tunnelEntry is the first FDB entry towards a peer, as `bridge fdb del` takes it.
+func tunnelEntry(t *testing.T, n *cluster.Node) string {
+	t.Helper()
+	for line := range strings.Lines(n.NetNS.Run(t, "bridge fdb show dev tweed.1")) {
+		if words := strings.Fields(line); len(words) > 2 && words[1] == "dst" {
+			return words[0] + " dev tweed.1 dst " + words[2] + " self"
+		}
+	}
+	return ""
+}
+
+func hasEntry(t *testing.T, n *cluster.Node, entry string) error {
+	t.Helper()
+	mac, rest, _ := strings.Cut(entry, " dev tweed.1 ")
+	out := n.NetNS.Run(t, "bridge fdb show dev tweed.1")
+	if !strings.Contains(out, mac+" "+strings.TrimSuffix(rest, " self")) {
+		return fmt.Errorf("it has only\n%s", out)
+	}
+	return nil
+}
+
+func (s *suite) daemonStartsAlone(t *testing.T) {
+	n := s.nodes[0]
+	n.Daemon.Stop(t, syscall.SIGTERM)
+	s.StopAPIServer(t)
+	before := n.State(t)
+	n.StartDaemon(t)
+	cluster.Await(t, "readiness that names the API server", func() error {
+		err := n.Ready()
+		if err == nil {
+			t.Fatal("the daemon says that it is ready without ever having seen the API server")
+		}
+		return contains(err.Error(), "503", s.URL())
+	})
+	s.podsPing(t)
+	if after := n.State(t); after != before {
+		t.Errorf("a daemon that knows nothing changed\n%s\nto\n%s", before, after)
+	}
+	s.StartAPIServer(t)
+	s.awaitPeers(t)
+	s.podsPing(t)
+}
