@@ -71,6 +71,7 @@ func TestChangesThatTakeOthersWithThem(t *testing.T) {
 		ops: newDevice + `ip link add tweed0 group 116 address 66:4a:10:cd:b0:20 up type bridge mcast_snooping 0 ` +
 			`nf_call_iptables 1 nf_call_ip6tables 1 && ip link set dev tweed0 mtu 1450
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
+sysctl -w net/ipv6/conf/tweed0/accept_dad=0
 sysctl -w net/ipv6/conf/tweed0/accept_ra=0
 sysctl -w net/ipv4/ip_forward=1
 sysctl -w net/ipv6/conf/all/forwarding=1
@@ -280,6 +281,7 @@ func TestPlanForwardsLast(t *testing.T) {
 	got := strings.Join(commands(ops), "\n")
 	if got != `sysctl -w net/ipv6/conf/eth0/accept_ra=2
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
+sysctl -w net/ipv6/conf/tweed0/accept_dad=0
 sysctl -w net/ipv6/conf/tweed0/accept_ra=0
 sysctl -w net/ipv4/ip_forward=1
 sysctl -w net/ipv6/conf/all/forwarding=1` {
