@@ -4,8 +4,8 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unre
 GOFLAGS_BUILD := -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
 # What tests and the lab call, by the names of Debian's packages.
-PACKAGES := ca-certificates containernetworking-plugins crun ethtool iproute2 iptables iputils-ping nftables podman \
-            procps tcpdump util-linux
+PACKAGES := busybox-static ca-certificates containernetworking-plugins crun curl ethtool iproute2 iptables iputils-ping \
+            nftables podman procps util-linux
 
 .PHONY: all build test unit e2e lab lint bench packages clean
 

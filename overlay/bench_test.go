@@ -3,69 +3,160 @@ package overlay
 import (
 	"fmt"
 	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
+	"golang.org/x/sys/unix"
+
+	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/kernel"
 	"tweed.dev/tweed/backend/kernel/netnstest"
 	"tweed.dev/tweed/subnet"
 )
 
-// BenchmarkPassWithNothingToDo makes passes on a real kernel that holds all of the peers, dual-stack, already.
-func BenchmarkPassWithNothingToDo(b *testing.B) {
-	for _, peers := range []int{10, 1000, 5000} {
+// BenchmarkPass measures passes on a real kernel, with dual-stack peers: the one that programs them all, taking turns
+// with the floor (ip -batch and bridge -batch making the same objects), and the one that finds nothing to do.
+func BenchmarkPass(b *testing.B) {
+	for _, peers := range []int{1000, 5000} {
 		b.Run(fmt.Sprintf("peers=%d", peers), func(b *testing.B) {
-			inNamespace(b, func() {
-				n := onKernel(b)
-				n.cluster.set(manyPeers(peers)...)
-				if rep := n.step(b); !rep.Converged {
-					b.Errorf("did not converge: %+v", rep)
-					return
+			const rounds = 5
+			var program, floor, idle, idleCPU samples
+			for b.Loop() {
+				for range rounds {
+					measurePasses(b, peers, &program, &idle, &idleCPU)
+					measureFloor(b, peers, &floor)
 				}
-				n.step(b)
-				for b.Loop() {
-					if rep := n.step(b); rep.Done+rep.Failed > 0 || !rep.Converged {
-						b.Errorf("there was something to do: %+v", rep)
-						return
-					}
-				}
-			})
+			}
+			b.Logf("program %d peers:           %v", peers, program)
+			b.Logf("the same by ip -batch:        %v", floor)
+			b.Logf("ratio of medians:             %.2f", float64(program.median())/float64(floor.median()))
+			b.Logf("pass with nothing to do:      %v", idle)
+			b.Logf("processor time of such a one: %v", idleCPU)
+			b.ReportMetric(ms(program.median()), "program-ms")
+			b.ReportMetric(ms(idle.median()), "idle-ms")
+			b.ReportMetric(ms(idleCPU.median()), "idle-cpu-ms")
 		})
 	}
 }
 
-// BenchmarkProgramPeers makes the one pass that programs all peers, dual-stack, from nothing.
-func BenchmarkProgramPeers(b *testing.B) {
-	for _, peers := range []int{1000, 5000} {
-		b.Run(fmt.Sprintf("peers=%d", peers), func(b *testing.B) {
-			for b.Loop() {
-				b.StopTimer()
-				inNamespace(b, func() {
-					n := onKernel(b)
-					n.cluster.set()
-					n.step(b)
-					n.step(b)
-					n.cluster.set(manyPeers(peers)...)
-					b.StartTimer()
-					rep := n.step(b)
-					b.StopTimer()
-					if !rep.Converged || rep.Done != 5*peers {
-						b.Errorf("programmed %d objects: %+v", rep.Done, rep.Waiting)
-					}
-				})
-				b.StartTimer()
+func measurePasses(b *testing.B, peers int, program, idle, idleCPU *samples) {
+	inNamespace(b, func() {
+		n := onKernel(b)
+		n.cluster.set()
+		n.step(b)
+		n.step(b)
+		n.cluster.set(manyPeers(peers)...)
+		start := time.Now()
+		rep := n.step(b)
+		program.add(time.Since(start))
+		if !rep.Converged || rep.Done != 5*peers {
+			b.Errorf("programmed %d objects: %v %v", rep.Done, rep.Waiting, rep.Problems)
+		}
+		n.step(b)
+		for range 10 {
+			start, cpu := time.Now(), processorTime(b)
+			rep := n.step(b)
+			idle.add(time.Since(start))
+			idleCPU.add(processorTime(b) - cpu)
+			if rep.Done+rep.Failed > 0 || !rep.Converged {
+				b.Errorf("there was something to do: %+v", rep)
 			}
-		})
+		}
+	})
+}
+
+// measureFloor has the programs that the operations name make the peers' objects.
+func measureFloor(b *testing.B, peers int, floor *samples) {
+	inNamespace(b, func() {
+		n := onKernel(b)
+		n.cluster.set()
+		n.step(b)
+		n.step(b)
+		n.cluster.set(manyPeers(peers)...)
+		plan, err := n.planner.Plan(b.Context())
+		if err != nil || len(plan.Ops) != 5*peers {
+			b.Errorf("planned %d operations: %v", len(plan.Ops), err)
+			return
+		}
+		batches := writeBatches(b, plan.Ops)
+		start := time.Now()
+		for _, batch := range batches {
+			if out, err := exec.Command(batch[0], batch[1:]...).CombinedOutput(); err != nil {
+				b.Errorf("%v: %v\n%s", batch, err, out)
+			}
+		}
+		floor.add(time.Since(start))
+	})
+}
+
+// writeBatches writes operations to files, one for each run of commands of one program, and returns how to run them.
+func writeBatches(b *testing.B, ops []backend.Op) (commands [][]string) {
+	dir, program := b.TempDir(), ""
+	var lines []string
+	flush := func() {
+		if len(lines) == 0 {
+			return
+		}
+		path := filepath.Join(dir, fmt.Sprint(len(commands)))
+		if err := os.WriteFile(path, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
+			b.Error(err)
+		}
+		commands = append(commands, append(strings.Fields(program), "-batch", path))
+		lines = nil
 	}
+	for _, op := range ops {
+		of, line, _ := strings.Cut(op.String(), " ")
+		if six, ok := strings.CutPrefix(line, "-6 "); ok {
+			of, line = of+" -6", six
+		}
+		if of != program {
+			flush()
+			program = of
+		}
+		lines = append(lines, line)
+	}
+	flush()
+	return commands
+}
+
+// samples are durations of one thing measured several times.
+type samples []time.Duration
+
+func (s *samples) add(d time.Duration) { *s = append(*s, d) }
+
+func (s samples) median() time.Duration { return slices.Sorted(slices.Values(s))[len(s)/2] }
+
+func (s samples) String() string {
+	return fmt.Sprintf("median %7.1f ms, %7.1f to %7.1f ms, %d times",
+		ms(s.median()), ms(slices.Min(s)), ms(slices.Max(s)), len(s))
+}
+
+func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// processorTime is what this process has had of the processors, in user and kernel mode.
+func processorTime(b *testing.B) time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		b.Error(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // inNamespace calls f on a thread in a network namespace that has an uplink.
 func inNamespace(b *testing.B, f func()) {
 	b.Helper()
 	ns := netnstest.New(b)
-	ns.Run(b, "ip link add eth0 type veth peer name world")
-	ns.Run(b, "ip addr add 192.0.2.11/24 dev eth0")
-	ns.Run(b, "ip link set eth0 up")
-	ns.Run(b, "ip link set world up")
+	for _, command := range []string{
+		"ip link add eth0 type veth peer name world", "ip addr add 192.0.2.11/24 dev eth0",
+		"ip link set eth0 up", "ip link set world up",
+	} {
+		ns.Run(b, command)
+	}
 	ns.Do(b, f)
 }
 
