@@ -223,13 +223,14 @@ func (p *Planner) desire(in inputs, list subnet.List) (desired, error) {
 			"or Backend.MTU in net-conf.json", mtu, leastMTU6, strings.Join(in.uplink.Devs, ", "))
 	}
 	br := bridge.Config{Name: BridgeName, Node: name, MTU: mtu}
+	served := slices.Concat(in.node.Subnets, in.former)
 	d.state = backend.Merge(
-		br.Desired(append(slices.Clone(in.node.Subnets), in.former...)),
+		br.Desired(served),
 		acceptAdvertised(in.advertised),
 		vx.Desired(d.self, peers, in.uplink),
 	)
 	device := vxlan.DeviceName(vx.VNI)
-	d.filter = masq.Config{Network: p.Config.Network, Subnets: in.node.Subnets, Port: vx.Port}.Desired()
+	d.filter = masq.Config{Network: p.Config.Network, Subnets: served, Port: vx.Port}.Desired()
 	d.info = podnet.NodeInfo{
 		Node: name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
 		Bridge: BridgeName, Device: device, MTU: mtu,

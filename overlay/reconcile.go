@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -109,10 +110,17 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 	if err != nil {
 		rep = *r.report.Load()
 		rep.Done, rep.Failed, rep.Skipped, rep.Converged, rep.Waiting = 0, 0, 0, false, err.Error()
+		if !errors.As(err, new(Waiting)) {
+			rep.Failed = 1 // the reading; it is worth another try soon
+		}
 		return rep
 	}
 	r.uplinks.Store(&plan.Uplink.Devs)
-
+	for _, op := range plan.Ops {
+		if op.What.Kind() == "sysctl" { // they are the host's more than ours, so each is told
+			r.log.Info("host setting", "command", op)
+		}
+	}
 	res := apply(ctx, r.planner.Kernel, plan.Ops)
 	rep.Done, rep.Failed, rep.Skipped = res.done, res.failed, res.skipped
 	rep.Peers, rep.Wanted, rep.Found = plan.Peers, plan.Wanted, plan.Found

@@ -326,6 +326,61 @@ func TestSubnetIsOutsideTheNetwork(t *testing.T) {
 	}
 }
 
+func TestPodNetworkHoldsTheNodesAddress(t *testing.T) {
+	n := newNode(t)
+	n.cluster.self.Addrs = []netip.Addr{netip.MustParseAddr("10.1.2.3")}
+	n.cluster.set()
+	rep := n.step(t)
+	if rep.Converged || !strings.Contains(rep.Waiting, "10.1.2.3") || !strings.Contains(rep.Waiting, "10.0.0.0/8") {
+		t.Errorf("report is %+v; want both values named", rep)
+	}
+	if len(n.kern.Ops()) != 0 {
+		t.Errorf("did %v", n.kern.Ops())
+	}
+}
+
+func TestSubnetChangesUnderLivingPods(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set()
+	n.step(t)
+	attached(t, n.planner.RunDir, "10.244.1.5/24")
+	n.cluster.self.Subnets = []netip.Prefix{netip.MustParsePrefix("10.244.9.0/24")}
+	rep := n.step(t)
+	if !rep.Converged || !hasProblem(rep, "n1", "addresses of 10.244.1.0/24") {
+		t.Errorf("report is %+v; want a problem that names the old subnet", rep)
+	}
+	for _, gateway := range []string{"10.244.1.1/24", "10.244.9.1/24"} {
+		key := backend.AddrKey{Dev: BridgeName, Prefix: netip.MustParsePrefix(gateway)}
+		if _, ok := n.state(t).Addrs[key]; !ok {
+			t.Errorf("the bridge lacks %s", gateway)
+		}
+	}
+	info, err := podnet.ReadNodeInfo(n.planner.RunDir)
+	if err != nil || len(info.Subnets) != 1 || info.Subnets[0] != n.cluster.self.Subnets[0] {
+		t.Errorf("new pods get addresses of %v (%v)", info.Subnets, err)
+	}
+	if err := os.RemoveAll(filepath.Join(n.planner.RunDir, "addrs")); err != nil {
+		t.Fatal(err)
+	}
+	n.step(t)
+	if got := len(n.state(t).Addrs); got != 2 {
+		t.Errorf("%d addresses after the last old pod has gone, want the new gateway and the tunnel's", got)
+	}
+}
+
+// attached makes the records of a pod, as docs/cni.md describes them.
+func attached(t *testing.T, runDir, addr string) {
+	t.Helper()
+	pod := filepath.Join(runDir, "pods", "tweed0123456789")
+	name := filepath.Join(runDir, "addrs", netip.MustParsePrefix(addr).Addr().String())
+	record := `{"container":"c","interface":"eth0","veth":"tweed0123456789","ifindex":7,"addresses":["` + addr + `"]}`
+	err := errors.Join(os.MkdirAll(filepath.Dir(pod), 0o755), os.MkdirAll(filepath.Dir(name), 0o755),
+		os.WriteFile(pod, []byte(record), 0o600), os.Link(pod, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestForwardingWouldLoseAnAdvertisedRoute(t *testing.T) {
 	n := newNode(t)
 	n.kern.SetAdvertised("eth0")
