@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -147,7 +148,7 @@ func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stal
 		in.node, in.uplink = p.last.node, p.last.uplink
 	}
 	in.generation = list.Generation
-	if slices.ContainsFunc(in.node.Subnets, func(s netip.Prefix) bool { return s.Addr().Is6() }) {
+	if slices.ContainsFunc(in.node.Subnets, is6) {
 		if in.advertised, err = p.Kernel.RouterAdvertised(ctx); err != nil {
 			return in, nil, fmt.Errorf("listing routes by router advertisement: %w", err)
 		}
@@ -176,74 +177,91 @@ func (p *Planner) place(ifaces []backend.Interface) (subnet.Node, backend.Uplink
 }
 
 // desire says what the kernel should hold. It is a function of its arguments and the configuration.
-func (p *Planner) desire(in inputs, list subnet.List) (desired, error) {
-	name := in.node.Name
+func (p *Planner) desire(in inputs, list subnet.List) (d desired, err error) {
 	vx := vxlan.Config{
-		Node: name, VNI: p.Config.Backend.VNI, Port: p.Config.Backend.Port, MTU: p.Config.Backend.MTU,
+		Node: in.node.Name, VNI: p.Config.Backend.VNI, Port: p.Config.Backend.Port, MTU: p.Config.Backend.MTU,
 		NoTxChecksum: p.Config.Backend.ChecksumOffload == "off", Underlay: family(in.uplink.Local),
 	}
+	if d.self, err = p.own(in, vx.Data()); err != nil {
+		return d, err
+	}
 	rules := subnet.Rules{Network: p.Config.Network, ExactLength: p.Leased, Judge: vx.Judge}
+	peers := d.settle(in.node.Name, rules, list.Leases)
 
-	var d desired
-	for _, s := range in.node.Subnets {
-		if !p.Config.Network.Contains(s) {
-			return d, Waiting{fmt.Sprintf("subnet %s of node %s is outside the pod network %s; set Network in "+
-				"net-conf.json to the cluster's (kube-controller-manager's --cluster-cidr), or give the node another subnet",
-				s, name, prefixList(p.Config.Network.Prefixes()))}
-		}
-		d.self = append(d.self, subnet.Lease{
-			Node: name, Subnet: s, Host: in.uplink.Local, NodeAddrs: in.uplink.Addrs,
-			Backend: vxlan.Name, Data: vx.Data(), Since: in.node.Since,
-		})
-	}
-	for _, n := range p.Config.Network.Prefixes() {
-		if !slices.ContainsFunc(in.node.Subnets, n.Overlaps) {
-			d.problem(name, subnet.KindLease, "this node has no subnet of %s; its pods get no address of that family", n)
-		}
-	}
-	leases := slices.Clone(list.Leases)
-	leases = slices.DeleteFunc(leases, func(l subnet.Lease) bool { return l.Node == name })
-	d.unsaid = !slices.EqualFunc(ofNode(d.self, name), ofNode(list.Leases, name), samePublished)
-
-	peers, problems := subnet.Settle(name, rules, append(leases, d.self...))
-	d.problems = append(d.problems, problems...)
-	d.peers = len(peers)
-
-	for _, s := range in.former {
-		d.problem(name, subnet.KindPods, "pods on this node still have addresses of %s, which is no longer its subnet; "+
-			"other nodes cannot reach them: restart these pods", s)
-	}
-	if !in.netfilter {
-		d.problem(name, subnet.KindPods, "br_netfilter is not loaded: a service whose backend is on the caller's own node "+
-			"times out; run `modprobe br_netfilter`, and name it in /etc/modules-load.d")
-	}
-	mtu := vx.DeviceMTU(in.uplink)
-	if mtu < leastMTU6 && slices.ContainsFunc(in.node.Subnets, func(s netip.Prefix) bool { return s.Addr().Is6() }) {
-		d.problem(name, subnet.KindPods, "pods would have an MTU of %d, and IPv6 needs %d; raise the uplink's (%s), "+
-			"or Backend.MTU in net-conf.json", mtu, leastMTU6, strings.Join(in.uplink.Devs, ", "))
-	}
-	br := bridge.Config{Name: BridgeName, Node: name, MTU: mtu}
-	served := slices.Concat(in.node.Subnets, in.former)
-	d.state = backend.Merge(
-		br.Desired(served),
-		acceptAdvertised(in.advertised),
-		vx.Desired(d.self, peers, in.uplink),
-	)
-	device := vxlan.DeviceName(vx.VNI)
-	d.filter = masq.Config{Network: p.Config.Network, Subnets: served, Port: vx.Port}.Desired()
 	d.info = podnet.NodeInfo{
-		Node: name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
-		Bridge: BridgeName, Device: device, MTU: mtu,
+		Node: in.node.Name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
+		Bridge: BridgeName, Device: vxlan.DeviceName(vx.VNI), MTU: vx.DeviceMTU(in.uplink),
 	}
 	for _, s := range in.node.Subnets {
 		d.info.Gateways = append(d.info.Gateways, bridge.Gateway(s))
 	}
+	served := slices.Concat(in.node.Subnets, in.former)
+	d.state = backend.Merge(
+		bridge.Config{Name: BridgeName, Node: in.node.Name, MTU: d.info.MTU}.Desired(served),
+		acceptAdvertised(in.advertised),
+		vx.Desired(d.self, peers, in.uplink),
+	)
+	d.filter = masq.Config{Network: p.Config.Network, Subnets: served, Port: vx.Port}.Desired()
+	d.warn(in)
 	return d, nil
 }
 
-func (d *desired) problem(node, kind, format string, args ...any) {
-	d.problems = append(d.problems, subnet.Problem{Node: node, Kind: kind, Text: fmt.Sprintf(format, args...)})
+// own makes the leases that this node publishes.
+func (p *Planner) own(in inputs, data json.RawMessage) (own []subnet.Lease, err error) {
+	for _, s := range in.node.Subnets {
+		if !p.Config.Network.Contains(s) {
+			return nil, Waiting{fmt.Sprintf("subnet %s of node %s is outside the pod network %s; set Network in "+
+				"net-conf.json to the cluster's (kube-controller-manager's --cluster-cidr), or give the node another subnet",
+				s, in.node.Name, prefixList(p.Config.Network.Prefixes()))}
+		}
+		own = append(own, subnet.Lease{
+			Node: in.node.Name, Subnet: s, Host: in.uplink.Local, NodeAddrs: in.uplink.Addrs,
+			Backend: vxlan.Name, Data: data, Since: in.node.Since,
+		})
+	}
+	return own, nil
 }
+
+// settle returns the leases of other nodes that are to be reached. Of listed ones, this node's own are as old as the
+// list; what counts is what they are now.
+func (d *desired) settle(self string, rules subnet.Rules, listed []subnet.Lease) []subnet.Lease {
+	d.unsaid = !slices.EqualFunc(ofNode(d.self, self), ofNode(listed, self), samePublished)
+	leases := slices.Clone(d.self)
+	for _, l := range listed {
+		if l.Node != self {
+			leases = append(leases, l)
+		}
+	}
+	peers, problems := subnet.Settle(self, rules, leases)
+	d.peers, d.problems = len(peers), problems
+	return peers
+}
+
+// warn names what keeps this node's pods from working although everything is as desired.
+func (d *desired) warn(in inputs) {
+	problem := func(kind, format string, args ...any) {
+		d.problems = append(d.problems, subnet.Problem{Node: in.node.Name, Kind: kind, Text: fmt.Sprintf(format, args...)})
+	}
+	for _, n := range d.info.Networks {
+		if !slices.ContainsFunc(in.node.Subnets, n.Overlaps) {
+			problem(subnet.KindLease, "this node has no subnet of %s; its pods get no address of that family", n)
+		}
+	}
+	for _, s := range in.former {
+		problem(subnet.KindPods, "pods on this node still have addresses of %s, which is no longer its subnet; "+
+			"other nodes cannot reach them: restart these pods", s)
+	}
+	if !in.netfilter {
+		problem(subnet.KindPods, "br_netfilter is not loaded: a service whose backend is on the caller's own node "+
+			"times out; run `modprobe br_netfilter`, and name it in /etc/modules-load.d")
+	}
+	if d.info.MTU < leastMTU6 && slices.ContainsFunc(in.node.Subnets, is6) {
+		problem(subnet.KindPods, "pods would have an MTU of %d, and IPv6 needs %d; raise the uplink's (%s), "+
+			"or Backend.MTU in net-conf.json", d.info.MTU, leastMTU6, strings.Join(in.uplink.Devs, ", "))
+	}
+}
+
+func is6(p netip.Prefix) bool { return p.Addr().Is6() }
 
 // acceptAdvertised keeps router advertisements taken on devices that live by them: with forwarding on, the kernel
 // ignores them unless accept_ra is 2 (Documentation/networking/ip-sysctl.rst).
