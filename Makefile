@@ -17,6 +17,7 @@ build: ## bin/tweed and bin/tweed-cni
 test: packages build unit e2e ## everything that proves this checkout
 
 unit: ## unit, property, script and kernel tests
+	go mod download # tests run where there is no network
 	go vet ./...
 	go test -timeout 15m ./...
 

@@ -54,7 +54,7 @@ var homes = []struct {
 // TestPackageImportsWhatItMustNot holds the import map of ARCHITECTURE.md.
 func TestPackageImportsWhatItMustNot(t *testing.T) {
 	seen := map[string]bool{}
-	for _, line := range goList(t, "-f", "{{.ImportPath}} {{join .Imports \" \"}}", module+"...") {
+	for _, line := range goList(t, "-f", "{{.ImportPath}} {{join .Imports \" \"}}", "./...") {
 		fields := strings.Fields(line)
 		pkg := strings.TrimPrefix(fields[0], module)
 		seen[pkg] = true
@@ -107,9 +107,13 @@ func TestPluginPullsInMoreThanItNeeds(t *testing.T) {
 
 func goList(t *testing.T, args ...string) []string {
 	t.Helper()
-	out, err := exec.Command("go", append([]string{"list"}, args...)...).Output()
+	cmd := exec.Command("go", append([]string{"list"}, args...)...)
+	cmd.Dir = "../.."
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("go list: %v", err)
+		t.Fatalf("go list: %v\n%s", err, stderr.String())
 	}
 	return strings.Split(strings.TrimSpace(string(out)), "\n")
 }
