@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,29 +20,39 @@ type Programs struct {
 	Tweed, TweedCNI string
 }
 
-// All builds everything in moduleDir, the directory of the e2e module, below its .bin directory. Kubernetes and etcd
-// are linked again only when the Go version or go.sum changed: linking them costs a minute, compiling them seven.
+// unused is how long a build of Kubernetes that no run has asked for is kept.
+const unused = 30 * 24 * time.Hour
+
+// All builds everything: tweed below moduleDir, the directory of the e2e module, Kubernetes and etcd in the user's cache
+// directory, for all checkouts. They are linked again only when the Go version or go.sum changed: Go's own build cache
+// keeps what is compiled, which takes seven minutes, but not what is linked, which takes one.
 func All(moduleDir string, progress func(format string, args ...any)) (Programs, error) {
-	bin := filepath.Join(moduleDir, ".bin")
-	if err := os.MkdirAll(bin, 0o755); err != nil {
-		return Programs{}, err
-	}
-	unlock, err := lock(filepath.Join(bin, "lock"))
+	user, err := os.UserCacheDir()
 	if err != nil {
 		return Programs{}, err
 	}
-	defer unlock()
+	bin, cache := filepath.Join(moduleDir, ".bin"), filepath.Join(user, "tweed-e2e")
 	key, err := cacheKey(moduleDir)
 	if err != nil {
 		return Programs{}, err
 	}
+	for _, dir := range []string{bin, filepath.Join(cache, key)} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return Programs{}, err
+		}
+	}
+	unlock, err := lock(filepath.Join(cache, "lock"))
+	if err != nil {
+		return Programs{}, err
+	}
+	defer unlock()
 	p := Programs{
-		Etcd:      filepath.Join(bin, key, "etcd"),
-		APIServer: filepath.Join(bin, key, "kube-apiserver"),
+		Etcd:      filepath.Join(cache, key, "etcd"),
+		APIServer: filepath.Join(cache, key, "kube-apiserver"),
 		Tweed:     filepath.Join(bin, "tweed"),
 		TweedCNI:  filepath.Join(bin, "tweed-cni"),
 	}
-	if err := dropOtherKeys(bin, key); err != nil {
+	if err := dropUnused(cache, key); err != nil {
 		return Programs{}, err
 	}
 	version, err := goOutput(moduleDir, "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
@@ -104,20 +115,29 @@ func cacheKey(moduleDir string) (string, error) {
 	return "k8s-" + hex.EncodeToString(sum[:6]), nil
 }
 
-func dropOtherKeys(bin, key string) error {
-	dirs, err := filepath.Glob(filepath.Join(bin, "k8s-*"))
+// dropUnused removes old builds from the cache, and marks this one as used.
+func dropUnused(cache, key string) error {
+	now := time.Now()
+	if err := os.Chtimes(filepath.Join(cache, key), now, now); err != nil {
+		return err
+	}
+	dirs, err := filepath.Glob(filepath.Join(cache, "k8s-*"))
 	if err != nil {
 		return err
 	}
 	for _, d := range dirs {
-		if filepath.Base(d) == key {
+		info, err := os.Stat(d)
+		if err != nil {
+			return err
+		}
+		if now.Sub(info.ModTime()) < unused {
 			continue
 		}
 		if err := os.RemoveAll(d); err != nil {
 			return err
 		}
 	}
-	return os.MkdirAll(filepath.Join(bin, key), 0o755)
+	return nil
 }
 
 func goOutput(dir string, args ...string) (string, error) {
