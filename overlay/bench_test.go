@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -102,7 +103,7 @@ func writeBatches(b *testing.B, ops []backend.Op) (commands [][]string) {
 		if len(lines) == 0 {
 			return
 		}
-		path := filepath.Join(dir, fmt.Sprint(len(commands)))
+		path := filepath.Join(dir, strconv.Itoa(len(commands)))
 		if err := os.WriteFile(path, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
 			b.Error(err)
 		}

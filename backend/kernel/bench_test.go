@@ -35,7 +35,7 @@ func BenchmarkFilterRead(b *testing.B) {
 	h.ns.Do(b, func() {
 		defer cpu(b)()
 		for b.Loop() {
-			h.Kernel.filter.changes.Add(1)
+			h.filter.changes.Add(1)
 			if _, err := h.Kernel.ObserveFilter(context.Background(), want); err != nil {
 				b.Error(err)
 			}

@@ -18,7 +18,7 @@ func TestMain(m *testing.M) { netnstest.Main(m) }
 
 // TestContract makes Fake and Kernel sit one exam, so that what is tried on the one can be believed of the other.
 func TestContract(t *testing.T) {
-	t.Run("fake", func(t *testing.T) { exam(t, func(t *testing.T) host { return newFakeHost() }) })
+	t.Run("fake", func(t *testing.T) { exam(t, func(*testing.T) host { return newFakeHost() }) })
 	t.Run("kernel", func(t *testing.T) { exam(t, func(t *testing.T) host { return newRealHost(t) }) })
 }
 

@@ -211,7 +211,7 @@ func TestRejectOfEverythingIsOvertaken(t *testing.T) {
 
 	// One that comes later gets in front: the jump is there, but nothing reaches it.
 	h.ns.Run(t, "iptables -I FORWARD 1 -j DROP")
-	h.Kernel.filter.changes.Add(1)
+	h.filter.changes.Add(1)
 	filterPass(t, h, dualStackFilter(t))
 	seenAs(t, a, world, "192.0.2.1")
 
@@ -234,7 +234,7 @@ func TestRulesChangedByHandAreRepaired(t *testing.T) {
 		"ip6tables -F",
 	} {
 		h.ns.Run(t, c)
-		h.Kernel.filter.changes.Add(1)
+		h.filter.changes.Add(1)
 		have, err := h.ObserveFilter(t.Context(), want)
 		if err != nil {
 			t.Fatal(err)
@@ -327,7 +327,7 @@ func TestLegacyIptables(t *testing.T) {
 	t.Setenv("PATH", legacy+":"+os.Getenv("PATH"))
 	h := newRealHost(t)
 	filterPass(t, h, dualStackFilter(t))
-	if !h.Kernel.filter.legacy {
+	if !h.filter.legacy {
 		t.Error("not known to be of the older form")
 	}
 	filterPass(t, h, masq.Ruleset{})

@@ -342,7 +342,7 @@ func FuzzParsers(f *testing.F) {
 	f.Add(append(make([]byte, 16), 8, 0, 3, 0, 'x', 0, 0, 0))
 	f.Add(append(make([]byte, 12), 5, 0, 1, 0, 10))
 	f.Add(append([]byte{unix.AF_INET, 24, 0, 0, 254}, 0, 0, 0, 0, 0, 0, 0, 12, 0, 9, 0, 255, 0, 0, 0, 1, 0, 0, 0))
-	f.Fuzz(func(t *testing.T, b []byte) {
+	f.Fuzz(func(_ *testing.T, b []byte) {
 		parseLink(b)
 		parseAddr(b)
 		parseNeigh(b)

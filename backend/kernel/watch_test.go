@@ -109,7 +109,7 @@ func TestLostNotificationsRing(t *testing.T) {
 		runBatch(t, h.ns, "ip", batch.String())
 		done := make(chan error)
 		go func() {
-			heard := func(m netlinkMessage) bool { return false }
+			heard := func(netlinkMessage) bool { return false }
 			done <- h.listen(ctx, s, heard, func() error { resets++; return nil }, func() { r.bell <- struct{}{} })
 		}()
 		select {

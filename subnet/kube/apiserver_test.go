@@ -346,7 +346,7 @@ func (a *apiServer) patch(v view, name string) {
 		return
 	case a.stale > 0 || p.Metadata.ResourceVersion != old.ResourceVersion:
 		a.stale--
-		v.fail(apierrors.NewConflict(nodes, name, fmt.Errorf("the object has been modified")))
+		v.fail(apierrors.NewConflict(nodes, name, errors.New("the object has been modified")))
 		return
 	}
 	n := old.DeepCopy()
