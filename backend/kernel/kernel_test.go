@@ -114,7 +114,7 @@ func TestPassWithNothingToDoWritesNothing(t *testing.T) {
 	})
 	pass(t, h, sample())
 	filterPass(t, h, dualStackFilter(t))
-	h.Kernel.filter.changes.Add(1)
+	h.filter.changes.Add(1)
 	filterPass(t, h, dualStackFilter(t))
 	for _, f := range groups {
 		buf := make([]byte, 1<<16)
