@@ -17,9 +17,9 @@ import (
 
 const inside = "TWEED_NETNSTEST_INSIDE"
 
-// Main runs a package's tests in a process with a network and a mount namespace of its own, where /run is empty and
-// /sys shows that network namespace. So a goroutine that strays from its test's namespace cannot reach the host's.
-// Call it from TestMain. It needs root.
+// Main runs a package's tests in a process with network, mount and process namespaces of its own, where /run is empty
+// and /sys shows that network namespace. So a goroutine that strays from its test's namespace cannot reach the host's,
+// and no process that a test started lives on after it, even if that was killed. Call it from TestMain. It needs root.
 func Main(m *testing.M) { os.Exit(Run(m.Run)) }
 
 // Run is Main for a TestMain that has more to do. It returns the status to exit with; tests is the m.Run of TestMain,
@@ -40,7 +40,7 @@ func Run(tests func() int) int {
 	cmd.Env = append(os.Environ(), inside+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS,
+		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
 	}
 	runtime.LockOSThread() // Pdeathsig follows the thread that started the child
@@ -58,11 +58,12 @@ func settle() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("making mounts private: %w", err)
 	}
-	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755"); err != nil {
-		return fmt.Errorf("mounting an empty /run: %w", err)
-	}
-	if err := unix.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
-		return fmt.Errorf("mounting /sys: %w", err)
+	for _, m := range []struct{ fs, at, options string }{
+		{"proc", "/proc", ""}, {"sysfs", "/sys", ""}, {"tmpfs", "/run", "mode=755"},
+	} {
+		if err := unix.Mount(m.fs, m.at, m.fs, 0, m.options); err != nil {
+			return fmt.Errorf("mounting %s: %w", m.at, err)
+		}
 	}
 	return nil
 }
