@@ -193,7 +193,7 @@ func (l *Lab) tryFrom(ctx context.Context, paths []path) (failed []path) {
 			if err == nil {
 				continue
 			}
-			if ctx.Err() == nil || p.err == nil { // running out of time says less than what was wrong before
+			if !over(ctx) || p.err == nil { // running out of time says less than what was wrong before
 				p.err = err
 			}
 			failed = append(failed, p)
@@ -207,6 +207,12 @@ func (l *Lab) tryFrom(ctx context.Context, paths []path) (failed []path) {
 		}
 	}
 	return failed
+}
+
+// over reports whether ctx has ended, or has to at this moment: a dialer that has its deadline can be quicker than it.
+func over(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() != nil || ok && !time.Now().Before(deadline)
 }
 
 // connect connects from the calling thread's network namespace, and compares the source address that the other side
