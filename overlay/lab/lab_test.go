@@ -121,7 +121,8 @@ func look(t *testing.T) scene {
 	s.files = append(entries(t, "/run"), entries(t, "/etc")...)
 	s.files = append(s.files, entries(t, netnsDir)...)
 	s.links = entries(t, "/sys/class/net")
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	// Not /proc/self: the process is shown as its first thread is, and a test may have moved that one elsewhere.
+	mounts, err := os.ReadFile("/proc/thread-self/mountinfo")
 	if err != nil {
 		t.Fatal(err)
 	}
