@@ -212,7 +212,7 @@ func (p *Planner) own(in inputs, data json.RawMessage) (own []subnet.Lease, err 
 		if !p.Config.Network.Contains(s) {
 			return nil, Waiting{fmt.Sprintf("subnet %s of node %s is outside the pod network %s; set Network in "+
 				"net-conf.json to the cluster's (kube-controller-manager's --cluster-cidr), or give the node another subnet",
-				s, in.node.Name, prefixList(p.Config.Network.Prefixes()))}
+				s, in.node.Name, listing(p.Config.Network.Prefixes(), " and "))}
 		}
 		own = append(own, subnet.Lease{
 			Node: in.node.Name, Subnet: s, Host: in.uplink.Local, NodeAddrs: in.uplink.Addrs,
@@ -303,12 +303,4 @@ func union(a, b []string) []string {
 	all := slices.Concat(a, b)
 	slices.Sort(all)
 	return slices.Compact(all)
-}
-
-func prefixList(ps []netip.Prefix) string {
-	var s []string
-	for _, p := range ps {
-		s = append(s, p.String())
-	}
-	return strings.Join(s, " and ")
 }

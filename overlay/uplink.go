@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -99,7 +100,7 @@ func uplinkInterface(choice UplinkChoice, ifaces []backend.Interface, nodeAddrs 
 	}
 	return backend.Interface{}, "", fmt.Errorf("no uplink: no interface holds %s, there is no default route, and %d "+
 		"interfaces have an address; choose one with --iface (there are %s)",
-		addrList(nodeAddrs), len(able), names(ifaces))
+		cmp.Or(listing(nodeAddrs, " or "), "a node address"), len(able), names(ifaces))
 }
 
 // publishable returns the addresses of an interface that others can reach the node by, at most one a family. Those that
@@ -157,15 +158,13 @@ func names(ifaces []backend.Interface) string {
 	return strings.Join(s, ", ")
 }
 
-func addrList(addrs []netip.Addr) string {
-	if len(addrs) == 0 {
-		return "a node address"
-	}
+// listing joins items for a sentence.
+func listing[T fmt.Stringer](items []T, separator string) string {
 	var s []string
-	for _, a := range addrs {
-		s = append(s, a.String())
+	for _, i := range items {
+		s = append(s, i.String())
 	}
-	return strings.Join(s, " or ")
+	return strings.Join(s, separator)
 }
 
 // smaller returns the smaller of two MTUs, where 0 means that none is known yet.

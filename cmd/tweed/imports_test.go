@@ -18,7 +18,7 @@ var ours = map[string][]string{
 	"backend/vxlan":            {"backend", "subnet"},
 	"backend/bridge":           {"backend", "subnet"},
 	"backend/masq":             {"backend", "subnet"},
-	"backend/kernel":           {"backend", "backend/masq", "subnet"},
+	"backend/kernel":           {"backend", "backend/masq"},
 	"backend/kernel/netnstest": {},
 	"overlay/podnet":           {"backend"},
 	"overlay/lab":              {"overlay/podnet"},
