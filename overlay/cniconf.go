@@ -23,7 +23,7 @@ type CNIConf struct {
 
 // Text is the configuration. Runtimes older than CNI 1.1 read only cniVersion, newer ones choose from cniVersions.
 func (c CNIConf) Text() []byte {
-	plugin := map[string]any{"type": "tweed-cni"}
+	plugin := map[string]any{"type": "tweed-cni", "capabilities": podnet.Capabilities()}
 	if c.RunDir != podnet.DefaultRunDir {
 		plugin["runDir"] = c.RunDir
 	}

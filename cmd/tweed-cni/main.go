@@ -94,5 +94,5 @@ func gc(*skel.CmdArgs) error {
 }
 
 func pod(args *skel.CmdArgs) podnet.Pod {
-	return podnet.Pod{Container: args.ContainerID, NetNS: args.Netns, Interface: args.IfName}
+	return podnet.Pod{Container: args.ContainerID, NetNS: args.Netns, Interface: args.IfName, Path: args.Path}
 }

@@ -15,6 +15,8 @@ import (
 type Config struct {
 	// CNIVersion is the version of the protocol in use.
 	CNIVersion string
+	// Name is the network's.
+	Name string
 	// RunDir is where daemon and plugin meet; DefaultRunDir unless set.
 	RunDir string
 	// SysctlRoot is where the kernel's settings are found; /proc/sys unless set.
@@ -23,6 +25,8 @@ type Config struct {
 	DNS types.DNS
 	// PrevResult is the result of the ADD, for CHECK.
 	PrevResult json.RawMessage
+	// RuntimeConfig is what the pod asks for, by the capabilities that the configuration declares.
+	RuntimeConfig map[string]json.RawMessage
 
 	// unfit is what is wrong with keys that only Attach and Check mind: a DEL must not fail over them.
 	unfit error
@@ -40,10 +44,12 @@ func ParseConfig(text []byte) (Config, error) {
 		to        any
 	}{
 		{"cniVersion", `a version such as "1.0.0"`, &c.CNIVersion},
+		{"name", "the network's name", &c.Name},
 		{"runDir", `a directory such as "/run/tweed"`, &c.RunDir},
 		{"sysctlRoot", `a directory such as "/proc/sys"`, &c.SysctlRoot},
 		{"dns", "an object with nameservers, domain, search, options", &c.DNS},
 		{"prevResult", "an object", &c.PrevResult},
+		{"runtimeConfig", "an object", &c.RuntimeConfig},
 	} {
 		if v, ok := keys[f.key]; ok && json.Unmarshal(v, f.to) != nil {
 			return c, fail(types.ErrInvalidNetworkConfig, "network configuration: %s is %s; it must be %s", f.key, v, f.want)

@@ -24,10 +24,14 @@ import (
 
 func TestMain(m *testing.M) { netnstest.Main(m) }
 
-// plugin builds tweed-cni, once, into the /run of the tests, which goes with them.
+// upstream is the module of the plugins that are delegated to.
+const upstream = "github.com/containernetworking/plugins/plugins/meta/"
+
+// plugin builds tweed-cni and what it delegates to, once, into the /run of the tests, which goes with them.
 var plugin = sync.OnceValues(func() (string, error) {
 	const dir = "/run/bin"
-	cmd := exec.Command("go", "build", "-ldflags", "-s -w", "-o", dir+"/", "tweed.dev/tweed/cmd/tweed-cni")
+	cmd := exec.Command("go", "build", "-ldflags", "-s -w", "-o", dir+"/",
+		"tweed.dev/tweed/cmd/tweed-cni", upstream+"portmap", upstream+"bandwidth")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)
@@ -42,6 +46,13 @@ type node struct {
 	runDir string
 	info   NodeInfo
 	cni    *libcni.CNIConfig
+	cache  string
+}
+
+// usePlugins makes dirs the runtime's CNI_PATH.
+func (n *node) usePlugins(dirs ...string) {
+	exec := &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}}
+	n.cni = libcni.NewCNIConfigWithCacheDir(dirs, n.cache, exec)
 }
 
 func newNode(t testing.TB, subnets ...string) *node {
@@ -50,9 +61,8 @@ func newNode(t testing.TB, subnets ...string) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &node{NS: netnstest.New(t), t: t, runDir: filepath.Join(t.TempDir(), "run")}
-	exec := &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}}
-	n.cni = libcni.NewCNIConfigWithCacheDir([]string{bin}, t.TempDir(), exec)
+	n := &node{NS: netnstest.New(t), t: t, runDir: filepath.Join(t.TempDir(), "run"), cache: t.TempDir()}
+	n.usePlugins(bin)
 	n.Run(t, "ip link add tweed0 address 0e:00:00:00:00:01 mtu 1430 group 116 type bridge mcast_snooping 0")
 	n.Run(t, "ip link add tweed.1 group 116 type bridge")
 	n.Run(t, "ip link set tweed0 up")
@@ -88,7 +98,8 @@ func (n *node) publish(info NodeInfo) {
 // conflist is what the runtime reads, with further keys for the plugin.
 func (n *node) conflist(version string, more ...string) *libcni.NetworkConfigList {
 	n.t.Helper()
-	keys := strings.Join(append([]string{`"type": "tweed-cni"`, fmt.Sprintf(`"runDir": %q`, n.runDir)}, more...), ", ")
+	keys := strings.Join(append([]string{`"type": "tweed-cni"`, fmt.Sprintf(`"runDir": %q`, n.runDir),
+		`"capabilities": {"portMappings": true, "bandwidth": true}`}, more...), ", ")
 	text := fmt.Sprintf(`{"cniVersion": %q, "name": "tweed", "plugins": [{%s}]}`, version, keys)
 	list, err := libcni.NetworkConfFromBytes([]byte(text))
 	if err != nil {
@@ -101,12 +112,16 @@ func runtimeConf(container, netns string) *libcni.RuntimeConf {
 	return &libcni.RuntimeConf{ContainerID: container, NetNS: netns, IfName: "eth0"}
 }
 
-func (n *node) add(container, netns string, more ...string) (r *types100.Result, err error) {
+func (n *node) add(container, netns string, more ...string) (*types100.Result, error) {
 	n.t.Helper()
-	list := n.conflist("1.1.0", more...)
+	return n.addAs(runtimeConf(container, netns), n.conflist("1.1.0", more...))
+}
+
+func (n *node) addAs(rt *libcni.RuntimeConf, list *libcni.NetworkConfigList) (r *types100.Result, err error) {
+	n.t.Helper()
 	n.Do(n.t, func() {
 		var raw types.Result
-		if raw, err = n.cni.AddNetworkList(context.Background(), list, runtimeConf(container, netns)); err == nil {
+		if raw, err = n.cni.AddNetworkList(context.Background(), list, rt); err == nil {
 			r, err = types100.GetResult(raw)
 		}
 	})

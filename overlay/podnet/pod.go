@@ -22,11 +22,13 @@ type Pod struct {
 	Container string // CNI_CONTAINERID
 	NetNS     string // CNI_NETNS, the path of a network namespace
 	Interface string // CNI_IFNAME
+	Path      string // CNI_PATH, where the plugins are that ports and bandwidth are delegated to
 }
 
 // Attach gives a pod an interface on the node's bridge, with an address of each of the node's subnets and default
-// routes. If it fails, or ctx ends before it is done, nothing of it is left. It must be called in the host's network
-// namespace. The error has a CNI code where the spec knows one: 11, try again later, for what passes by itself.
+// routes, and has further plugins see to its ports and limits. If it fails, or ctx ends before it is done, nothing of
+// it is left. It must be called in the host's network namespace. The error has a CNI code where the spec knows one: 11,
+// try again later, for what passes by itself.
 func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	if c.unfit != nil {
 		return nil, c.unfit
@@ -38,6 +40,12 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	if len(info.Subnets) == 0 {
 		return nil, fail(types.ErrTryAgainLater,
 			"node %s has no subnet for pods yet; see what the tweed daemon logs", info.Node)
+	}
+	wanted := c.delegations()
+	for _, d := range wanted {
+		if _, err := findPlugin(d.Type, p.Path); err != nil {
+			return nil, err
+		}
 	}
 	ns, err := openNetNS(p.NetNS)
 	if err != nil {
@@ -56,7 +64,7 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 
 	name := vethName(p.Container, p.Interface)
 	rec := record{Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}}
-	held, err := host.store(c.RunDir).take(rec, info.Subnets)
+	held, err := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path)).take(rec, info.Subnets)
 	if err != nil {
 		return nil, ioFailure(err)
 	}
@@ -69,11 +77,15 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 		return nil, errors.Join(err, freeErr)
 	}
 	inPod := end{p.Interface, held.Addrs, info.Gateways}
-	if err := host.wire(ctx, v, held, inPod, info.Bridge, c.SysctlRoot); err != nil {
+	r := result(v, p, inPod, c.DNS)
+	if err = host.wire(ctx, v, held, inPod, info.Bridge, c.SysctlRoot); err == nil {
+		r, err = held.delegate(ctx, wanted, p, r)
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("pod %s: %w; it was taken back", p.Container, err), undo(host, held))
 	}
 	held.release()
-	return result(v, p, inPod, c.DNS), nil
+	return r, nil
 }
 
 // create makes the pair of devices. An interface of the pod's or the host's that is in the way is left alone.
@@ -117,27 +129,33 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 	return nil
 }
 
-// undo takes back what an ADD has done so far. While the veth cannot be removed its addresses stay taken.
+// undo takes back what an ADD has done so far. While a delegate cannot do its part, or the veth cannot be removed, the
+// addresses stay taken: what is left of the one would reach whoever has the address next.
 func undo(host *host, held *hold) error {
-	if err := host.remove(held.Veth, held.Index); err != nil {
+	err := held.undelegate()
+	if err = errors.Join(err, host.remove(held.Veth, held.Index)); err != nil {
 		held.release()
 		return err
 	}
-	_, err := held.free()
+	_, err = held.free()
 	return err
 }
 
-// Detach takes a pod's interface away and frees its addresses. What is gone already is no error. It must be called in
-// the host's network namespace.
+// Detach takes a pod's interface away, with what further plugins did for it, and frees its addresses. What is gone
+// already is no error. It must be called in the host's network namespace.
 func Detach(c Config, p Pod) error {
 	host, err := dial()
 	if err != nil {
 		return err
 	}
 	defer host.close()
-	held, err := host.store(c.RunDir).find(p.Container, p.Interface)
+	store := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
+	held, err := store.find(p.Container, p.Interface)
 	if err != nil {
 		return fmt.Errorf("reading the address store: %w", err)
+	}
+	if held == nil || !held.legible() {
+		store.undelegateUnrecorded(c, p)
 	}
 	if held == nil { // the name of the veth still tells whose it is
 		return host.remove(vethName(p.Container, p.Interface), 0)
@@ -213,7 +231,8 @@ func Check(c Config, p Pod) error {
 		return err
 	}
 	defer host.close()
-	rec, err := host.store(c.RunDir).read(p)
+	store := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
+	rec, err := store.read(p)
 	if err != nil {
 		return err
 	}
@@ -229,6 +248,7 @@ func Check(c Config, p Pod) error {
 	if err != nil {
 		return err
 	}
+	broken = append(broken, store.brokenDelegates(c, p, rec)...)
 	if len(broken) > 0 {
 		return fmt.Errorf("pod %s: %w; delete the pod to have it attached anew", p.Container, errors.Join(broken...))
 	}
@@ -246,7 +266,7 @@ func (s *store) read(p Pod) (record, error) {
 			p.Interface)
 	}
 	defer held.release()
-	if len(held.Addrs) == 0 {
+	if !held.legible() {
 		return record{}, fmt.Errorf("pod %s: the record %s cannot be read", p.Container, s.pod(held.Veth))
 	}
 	for _, a := range held.Addrs {

@@ -465,7 +465,7 @@ func TestAddIsKilled(t *testing.T) {
 	}
 	await(t, "the veths' end", func() bool { return len(n.ports()) == 0 })
 	n.Do(t, func() {
-		if _, err := Sweep(n.runDir); err != nil {
+		if _, err := Sweep(t.Context(), n.runDir, ""); err != nil {
 			t.Error(err)
 		}
 	})

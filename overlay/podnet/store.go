@@ -1,6 +1,7 @@
 package podnet
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -43,6 +44,8 @@ type store struct {
 	runDir string
 	// alive reports whether a veth is there. Index 0 stands for any.
 	alive func(veth string, index int) (bool, error)
+	// call has the delegates take back what they did for a pod that is gone.
+	call caller
 }
 
 // litter begins the names of files that are not yet in place.
@@ -145,7 +148,7 @@ func (s *store) clear(r record) error {
 		return fail(types.ErrInvalidEnvironmentVariables, "CNI_CONTAINERID, CNI_IFNAME: container %s already has "+
 			"interface %s (its veth on the host is %s); delete that first", r.Container, r.Interface, r.Veth)
 	}
-	_, err = h.free()
+	_, err = h.freeDead()
 	return err
 }
 
@@ -280,6 +283,9 @@ func (s *store) find(container, iface string) (*hold, error) {
 	return h, nil
 }
 
+// legible reports whether the record could be read, and is that of an ADD that got as far as its addresses.
+func (h *hold) legible() bool { return len(h.Addrs) > 0 }
+
 // release ends the work on a file and leaves it in place.
 func (h *hold) release() { h.file.Close() }
 
@@ -396,6 +402,15 @@ func (h *hold) freeIfDead() (freed []netip.Addr, err error) {
 		h.release()
 		return nil, err
 	}
+	return h.freeDead()
+}
+
+// freeDead is free for a pod that is gone without a DEL.
+func (h *hold) freeDead() (freed []netip.Addr, err error) {
+	if err := h.undelegate(); err != nil {
+		h.release()
+		return nil, err
+	}
 	return h.free()
 }
 
@@ -418,15 +433,17 @@ func podRange(subnet netip.Prefix) (first, last netip.Addr) {
 	return base.Next().Next().Next(), netip.AddrFrom16(b)
 }
 
-// Sweep frees the addresses of pods that are gone without a DEL, and returns them. It must be called in the host's
-// network namespace. The error names the files that it cannot judge; their addresses count as taken.
-func Sweep(runDir string) ([]netip.Addr, error) {
+// Sweep frees the addresses of pods that are gone without a DEL, and returns them. Where further plugins did something
+// for such a pod it calls them, from the directories of path (DelegatePath, say), to take it back. It must be called in
+// the host's network namespace. The error names the files that it cannot judge, and the pods whose plugins fail; their
+// addresses count as taken.
+func Sweep(ctx context.Context, runDir, path string) ([]netip.Addr, error) {
 	host, err := dial()
 	if err != nil {
 		return nil, err
 	}
 	defer host.close()
-	return host.store(runDir).sweep()
+	return host.store(runDir, callIn(ctx, runDir, path)).sweep()
 }
 
 // FormerSubnets returns the subnets, in order, that addresses of pods on this node are from and that are not among

@@ -47,8 +47,8 @@ func dial() (*host, error) {
 
 func (h *host) close() { h.sockets[unix.NETLINK_ROUTE].Close() }
 
-func (h *host) store(runDir string) *store {
-	return &store{runDir: runDir, alive: func(veth string, index int) (bool, error) {
+func (h *host) store(runDir string, call caller) *store {
+	return &store{runDir: runDir, call: call, alive: func(veth string, index int) (bool, error) {
 		l, err := h.link(veth)
 		if errors.Is(err, unix.ENODEV) {
 			return false, nil

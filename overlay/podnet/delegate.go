@@ -1,0 +1,209 @@
+package podnet
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/pkg/version"
+)
+
+// DelegatePath is where Sweep finds the plugins that pods' ports and bandwidth were delegated to, in the form of
+// CNI_PATH: where tweed's image has them, and where hosts do.
+const DelegatePath = "/usr/lib/tweed/cni:/opt/cni/bin:/usr/lib/cni"
+
+// delegateVersion is the newest CNI version that delegates are called with. Those on many hosts, Debian 12's among
+// them, know none newer, and what they do needs none.
+const delegateVersion = "1.0.0"
+
+// A delegate is a plugin of others that does a part of the work for those pods that ask for it.
+type delegate struct {
+	Plugin string
+	// Capability is what it is asked by, a key of runtimeConfig (CNI conventions, "Dynamic Plugin specific Fields").
+	Capability string
+	// Wish is what a pod's manifest says.
+	Wish string
+}
+
+// delegates are in the order of ADD.
+func delegates() []delegate {
+	return []delegate{
+		{"portmap", "portMappings", "hostPort"},
+		{"bandwidth", "bandwidth", "bandwidth limit"},
+	}
+}
+
+// Capabilities are what a network configuration must declare for the runtime to say what a pod asks for.
+func Capabilities() map[string]bool {
+	declared := map[string]bool{}
+	for _, d := range delegates() {
+		declared[d.Capability] = true
+	}
+	return declared
+}
+
+// A delegation is the network configuration that a delegate is called with. Neither delegate needs the result of the
+// ADD to take back what it did, so it is not kept.
+type delegation struct {
+	CNIVersion    string                     `json:"cniVersion"`
+	Name          string                     `json:"name"` // of the network; delegates name their things after it
+	Type          string                     `json:"type"`
+	SNAT          bool                       `json:"snat,omitempty"`
+	Backend       string                     `json:"backend,omitempty"`
+	RuntimeConfig map[string]json.RawMessage `json:"runtimeConfig"`
+	PrevResult    json.RawMessage            `json:"prevResult,omitempty"`
+	// Legacy says that the host's iptables is the older one, which keeps its rules apart. It is for us alone.
+	Legacy bool `json:"tweed.dev/legacy,omitempty"`
+}
+
+// delegations are what this call's configuration asks for.
+func (c Config) delegations() (wanted []delegation) {
+	for _, d := range delegates() {
+		wish := c.RuntimeConfig[d.Capability]
+		if !asks(wish) {
+			continue
+		}
+		n := delegation{
+			CNIVersion: c.CNIVersion, Name: c.Name, Type: d.Plugin,
+			RuntimeConfig: map[string]json.RawMessage{d.Capability: wish},
+		}
+		if newer, err := version.GreaterThan(n.CNIVersion, delegateVersion); err == nil && newer {
+			n.CNIVersion = delegateVersion
+		}
+		if d.Plugin == "portmap" {
+			n.SNAT, n.Backend, n.Legacy = true, portmapBackend(), legacyIptables()
+		}
+		wanted = append(wanted, n)
+	}
+	return wanted
+}
+
+// asks reports whether a value of runtimeConfig asks for anything: runtimes also pass what is empty.
+func asks(wish json.RawMessage) bool {
+	var list []json.RawMessage
+	if json.Unmarshal(wish, &list) == nil {
+		return len(list) > 0
+	}
+	var limits map[string]uint64 // each runtime has its own spelling of the keys
+	if json.Unmarshal(wish, &limits) == nil {
+		for _, limit := range limits {
+			if limit > 0 {
+				return true
+			}
+		}
+		return false
+	}
+	return len(wish) > 0 // the delegate says what is wrong with it
+}
+
+// delegate has the delegates do their part, each written down before it is called. It returns the last one's result.
+func (h *hold) delegate(ctx context.Context, wanted []delegation, p Pod, r *types100.Result) (*types100.Result, error) {
+	for _, d := range wanted {
+		if err := h.note(d); err != nil {
+			return nil, err
+		}
+		var err error
+		if d.PrevResult, err = resultIn(d.CNIVersion, r); err != nil {
+			return nil, fmt.Errorf("%s: %w", d.Type, err)
+		}
+		// It is not killed when ctx ends: what it has started would go on.
+		out, err := h.store.call("ADD", d, p, h.file)
+		if err != nil {
+			return nil, err
+		}
+		if r, err = readResult(d.CNIVersion, out); err != nil {
+			return nil, fmt.Errorf("%s: its result: %w", d.Type, err)
+		}
+		if err := context.Cause(ctx); err != nil {
+			return nil, fmt.Errorf("interrupted (%w)", err)
+		}
+	}
+	return r, nil
+}
+
+// note writes down that a delegate will be called.
+func (h *hold) note(d delegation) error {
+	text, err := json.Marshal(d)
+	if err != nil {
+		return err
+	}
+	h.Delegates = append(h.Delegates, text)
+	if err := h.save(); err != nil {
+		return fmt.Errorf("writing to the address store: %w", err)
+	}
+	return nil
+}
+
+// undelegate has the delegates take back what they did, the last one first.
+func (h *hold) undelegate() error {
+	var errs []error
+	for _, text := range slices.Backward(h.Delegates) {
+		var d delegation
+		if err := json.Unmarshal(text, &d); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		_, err := h.store.call("DEL", d, Pod{Container: h.Container, Interface: h.Interface}, h.file)
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("container %s, interface %s: %w; until that can be done the addresses %v stay taken, and the "+
+			"tweed daemon tries again every 30 s, with the plugins of its image", h.Container, h.Interface, err, h.Addrs)
+	}
+	return nil
+}
+
+// undelegateUnrecorded does what the runtime alone remembers. Nobody can tell whether there is anything to take back,
+// or ever will, so a failure is said and is none.
+func (s *store) undelegateUnrecorded(c Config, p Pod) {
+	for _, d := range slices.Backward(c.delegations()) {
+		if _, err := s.call("DEL", d, p, nil); err != nil {
+			fmt.Fprintf(os.Stderr, "tweed-cni: container %s has no record; taking back what it may have had: %v\n",
+				p.Container, err)
+		}
+	}
+}
+
+// brokenDelegates asks the delegates what is wrong with their part.
+func (s *store) brokenDelegates(c Config, p Pod, rec record) (broken []error) {
+	for _, text := range rec.Delegates {
+		broken = append(broken, s.checkDelegate(c, p, text))
+	}
+	return slices.DeleteFunc(broken, func(err error) bool { return err == nil })
+}
+
+func (s *store) checkDelegate(c Config, p Pod, text json.RawMessage) error {
+	var d delegation
+	if err := json.Unmarshal(text, &d); err != nil {
+		return err
+	}
+	prev, err := readResult(c.CNIVersion, c.PrevResult)
+	if err != nil {
+		return fmt.Errorf("prevResult: %w", err)
+	}
+	if d.PrevResult, err = resultIn(d.CNIVersion, prev); err != nil {
+		return fmt.Errorf("%s: %w", d.Type, err)
+	}
+	_, err = s.call("CHECK", d, p, nil)
+	return err
+}
+
+func resultIn(version string, r *types100.Result) (json.RawMessage, error) {
+	older, err := r.GetAsVersion(version)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(older)
+}
+
+func readResult(v string, text []byte) (*types100.Result, error) {
+	r, err := version.NewResult(v, text)
+	if err != nil {
+		return nil, err
+	}
+	return types100.GetResult(r)
+}
