@@ -96,6 +96,18 @@ func (c Config) CheckAddrs(addrs []netip.Addr) error {
 	return nil
 }
 
+// checkSubnets refuses subnets of a node that are outside the pod network.
+func (c Config) checkSubnets(node subnet.Node) error {
+	for _, s := range node.Subnets {
+		if !c.Network.Contains(s) {
+			return fmt.Errorf("subnet %s of node %s is outside the pod network %s; set Network in net-conf.json to the "+
+				"cluster's (kube-controller-manager's --cluster-cidr), or give the node another subnet",
+				s, node.Name, listing(c.Network.Prefixes(), " and "))
+		}
+	}
+	return nil
+}
+
 // draft is a Config while it is read.
 type draft struct {
 	Config

@@ -21,6 +21,9 @@ import (
 // leastMTU6 is what a link must carry for the kernel to speak IPv6 on it, in bytes (RFC 8200, section 5).
 const leastMTU6 = 1280
 
+// staleSuffix ends a Problem with what is not known any more.
+const staleSuffix = "; what was in force stays"
+
 // BridgeName is the bridge that this node's pods are ports of.
 const BridgeName = "tweed0"
 
@@ -55,6 +58,9 @@ type Plan struct {
 	Peers, Wanted, Found int
 	// Unpublished is set where the list of leases does not hold Self as it is.
 	Unpublished bool
+	// Stale says what is not known of this node any more, so that what was in force stays, and nothing is published; nil
+	// where all is known.
+	Stale *Waiting
 }
 
 // inputs are what the desired state depends on.
@@ -79,7 +85,15 @@ type desired struct {
 }
 
 // A Waiting error says what has to come before anything can be planned.
-type Waiting struct{ For string }
+type Waiting struct {
+	For string
+	// Reason is one word for it where it is this node that lacks something; "" while the cluster is not known yet.
+	Reason string
+	// NoLease is set where no lease of this node stands.
+	NoLease bool
+	// NoNode is set where it is not known any more which subnets this node has.
+	NoNode bool
+}
 
 func (w Waiting) Error() string { return w.For }
 
@@ -89,27 +103,26 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	list, ok := p.Leases.List()
 	if !ok {
 		if err := p.Leases.Err(); err != nil {
-			return Plan{}, Waiting{fmt.Sprintf("waiting for the first complete list of leases: %v", err)}
+			return Plan{}, Waiting{For: fmt.Sprintf("waiting for the first complete list of leases: %v", err)}
 		}
-		return Plan{}, Waiting{"waiting for the first complete list of leases"}
+		return Plan{}, Waiting{For: "waiting for the first complete list of leases"}
 	}
 	in, stale, err := p.inputs(ctx, list)
 	if err != nil {
 		return Plan{}, err
 	}
 	if !reflect.DeepEqual(in, p.last) {
-		if p.desired, err = p.desire(in, list); err != nil {
-			return Plan{}, err
-		}
-		p.last = in
+		p.desired, p.last = p.desire(in, list), in
 	}
 	want := p.desired
-	plan := Plan{Self: want.self, Uplink: in.uplink, Info: want.info, Peers: want.peers, Unpublished: want.unsaid}
+	plan := Plan{
+		Self: want.self, Uplink: in.uplink, Info: want.info, Peers: want.peers, Unpublished: want.unsaid, Stale: stale,
+	}
 	plan.Problems = append(plan.Problems, list.Problems...)
 	plan.Problems = append(plan.Problems, want.problems...)
 	if stale != nil {
 		plan.Problems = append(plan.Problems, subnet.Problem{
-			Node: in.node.Name, Kind: subnet.KindLease, Text: stale.Error() + "; what was in force stays"})
+			Node: in.node.Name, Kind: subnet.KindLease, Text: stale.For + staleSuffix})
 	}
 
 	rules, err := p.Kernel.ObserveFilter(ctx, want.filter)
@@ -135,15 +148,16 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 
 // inputs gathers what the desired state depends on. Where the node or the uplink cannot be told any more, those of the
 // last plan stay in force, and stale says why.
-func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stale, err error) {
+func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stale *Waiting, err error) {
 	ifaces, err := p.Kernel.Interfaces(ctx)
 	if err != nil {
 		return in, nil, fmt.Errorf("listing interfaces: %w", err)
 	}
 	in.node, in.uplink, stale = p.place(ifaces)
 	if stale != nil {
+		stale.NoLease = len(ofNode(list.Leases, in.node.Name)) == 0
 		if p.last.node.Name == "" {
-			return in, nil, Waiting{stale.Error()}
+			return in, nil, *stale
 		}
 		in.node, in.uplink = p.last.node, p.last.uplink
 	}
@@ -164,27 +178,31 @@ func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stal
 }
 
 // place tells which node this is and where packets for others leave it.
-func (p *Planner) place(ifaces []backend.Interface) (subnet.Node, backend.Uplink, error) {
+func (p *Planner) place(ifaces []backend.Interface) (subnet.Node, backend.Uplink, *Waiting) {
 	node, err := p.Publisher.Self()
+	if err == nil {
+		err = p.Config.checkSubnets(node)
+	}
 	if err != nil {
-		return node, backend.Uplink{}, err
+		return node, backend.Uplink{}, &Waiting{For: err.Error(), Reason: reasonNoSubnet, NoNode: true}
 	}
 	up, err := chooseUplink(UplinkChoice{Iface: p.Iface, Family: p.Config.Underlay}, ifaces, node.Addrs)
 	if err != nil {
-		return node, up, err
+		return node, up, &Waiting{For: err.Error(), Reason: reasonNoUplink}
 	}
-	return node, up, p.Config.CheckAddrs(append(slices.Clone(node.Addrs), up.Addrs...))
+	if err := p.Config.CheckAddrs(append(slices.Clone(node.Addrs), up.Addrs...)); err != nil {
+		return node, up, &Waiting{For: err.Error(), Reason: reasonOverlap}
+	}
+	return node, up, nil
 }
 
 // desire says what the kernel should hold. It is a function of its arguments and the configuration.
-func (p *Planner) desire(in inputs, list subnet.List) (d desired, err error) {
+func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 	vx := vxlan.Config{
 		Node: in.node.Name, VNI: p.Config.Backend.VNI, Port: p.Config.Backend.Port, MTU: p.Config.Backend.MTU,
 		NoTxChecksum: p.Config.Backend.ChecksumOffload == "off", Underlay: family(in.uplink.Local),
 	}
-	if d.self, err = p.own(in, vx.Data()); err != nil {
-		return d, err
-	}
+	d.self = own(in, vx.Data())
 	rules := subnet.Rules{Network: p.Config.Network, ExactLength: p.Leased, Judge: vx.Judge}
 	peers := d.settle(in.node.Name, rules, list.Leases)
 
@@ -203,23 +221,18 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired, err error) {
 	)
 	d.filter = masq.Config{Network: p.Config.Network, Subnets: served, Port: vx.Port}.Desired()
 	d.warn(in)
-	return d, nil
+	return d
 }
 
 // own makes the leases that this node publishes.
-func (p *Planner) own(in inputs, data json.RawMessage) (own []subnet.Lease, err error) {
+func own(in inputs, data json.RawMessage) (own []subnet.Lease) {
 	for _, s := range in.node.Subnets {
-		if !p.Config.Network.Contains(s) {
-			return nil, Waiting{fmt.Sprintf("subnet %s of node %s is outside the pod network %s; set Network in "+
-				"net-conf.json to the cluster's (kube-controller-manager's --cluster-cidr), or give the node another subnet",
-				s, in.node.Name, listing(p.Config.Network.Prefixes(), " and "))}
-		}
 		own = append(own, subnet.Lease{
 			Node: in.node.Name, Subnet: s, Host: in.uplink.Local, NodeAddrs: in.uplink.Addrs,
 			Backend: vxlan.Name, Data: data, Since: in.node.Since,
 		})
 	}
-	return own, nil
+	return own
 }
 
 // settle returns the leases of other nodes that are to be reached. Of listed ones, this node's own are as old as the

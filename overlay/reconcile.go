@@ -2,7 +2,6 @@ package overlay
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -25,6 +24,9 @@ const (
 
 // A Reconciler makes passes: one at a time, and one more whenever its bell has rung.
 type Reconciler struct {
+	// Announcer may be set before the first pass; nil where no operator would look.
+	Announcer Announcer
+
 	planner *Planner
 	cni     CNIConf
 	log     *slog.Logger
@@ -35,6 +37,10 @@ type Reconciler struct {
 	// published is set once this node's lease stands for others to see, unpublished to why it does not.
 	published   atomic.Bool
 	unpublished atomic.Pointer[string]
+	standings   chan standing // holds at most the latest, as events does
+	events      chan []event
+	undeclared  atomic.Pointer[string] // why the Node does not say how this node fares
+	vigil       vigil
 	uplinks     atomic.Pointer[[]string]
 	report      atomic.Pointer[Report]
 	passed      atomic.Int64 // when the last pass ended, Unix nanoseconds
@@ -45,6 +51,7 @@ func NewReconciler(p *Planner, cni CNIConf, version string, log *slog.Logger) *R
 	r := &Reconciler{
 		planner: p, cni: cni, log: log, version: version,
 		bell: make(chan struct{}, 1), publish: make(chan []subnet.Lease, 1),
+		standings: make(chan standing, 1), events: make(chan []event, 1),
 	}
 	r.report.Store(&Report{Version: version, Waiting: "starting"})
 	r.passed.Store(time.Now().UnixNano())
@@ -95,7 +102,7 @@ func (r *Reconciler) Passes(ctx context.Context) error {
 		} else {
 			again = retry
 		}
-		timer.Reset(wait)
+		timer.Reset(shorter(wait, r.announce(rep)))
 		if !sleep(ctx, pace) {
 			return nil
 		}
@@ -108,12 +115,7 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 	rep := Report{Version: r.version}
 	plan, err := r.planner.Plan(ctx)
 	if err != nil {
-		rep = *r.report.Load()
-		rep.Done, rep.Failed, rep.Skipped, rep.Converged, rep.Waiting = 0, 0, 0, false, err.Error()
-		if !errors.As(err, new(Waiting)) {
-			rep.Failed = 1 // the reading; it is worth another try soon
-		}
-		return rep
+		return r.report.Load().without(err)
 	}
 	r.uplinks.Store(&plan.Uplink.Devs)
 	for _, op := range plan.Ops {
@@ -130,15 +132,26 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 	if !r.published.Load() {
 		rep.Waiting = "waiting for this node's lease to be published"
 	}
+	rep.missing(plan.Stale)
+	problem := func(kind, text string) {
+		rep.Problems = append(rep.Problems, subnet.Problem{Kind: kind, Text: text})
+	}
 	if rep.Converged {
 		if err := r.tellPlugin(plan); err != nil {
-			rep.Problems = append(rep.Problems, subnet.Problem{Kind: subnet.KindPods, Text: err.Error()})
+			problem(subnet.KindPods, err.Error())
 			rep.Failed, rep.Converged = rep.Failed+1, false
 		}
 	}
 	if why := r.unpublished.Load(); why != nil {
-		rep.Problems = append(rep.Problems, subnet.Problem{Kind: subnet.KindPublish, Text: *why})
+		problem(subnet.KindPublish, *why)
 	}
+	if why := r.undeclared.Load(); why != nil {
+		problem(subnet.KindPublish, *why)
+	}
+	for _, text := range r.cni.rivals() {
+		problem(subnet.KindPods, text)
+	}
+	rep.node = plan.Info.Node
 	for i := range rep.Problems {
 		if rep.Problems[i].Node == "" {
 			rep.Problems[i].Node = plan.Info.Node
@@ -150,15 +163,17 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 
 // tellPeers has this node's leases published where they do not stand yet.
 func (r *Reconciler) tellPeers(plan Plan) {
-	if !plan.Unpublished {
-		r.published.Store(true)
-		return
-	}
-	select { // the latest replaces one that nobody took yet
-	case <-r.publish:
+	switch {
+	case plan.Stale != nil: // what would be published is no longer known to be so
+		select {
+		case <-r.publish:
+		default:
+		}
+	case plan.Unpublished:
+		replace(r.publish, plan.Self)
 	default:
+		r.published.Store(true)
 	}
-	r.publish <- plan.Self
 }
 
 // tellPlugin lets pods be attached: first what the network looks like, then, once others know this node, the

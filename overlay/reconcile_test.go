@@ -21,13 +21,18 @@ import (
 
 // cluster is what other nodes have published, and what this node has been told.
 type cluster struct {
-	mu        sync.Mutex
-	list      subnet.List
-	listed    bool
-	away      error
-	self      subnet.Node
-	selfErr   error
-	refuse    error
+	mu      sync.Mutex
+	list    subnet.List
+	listed  bool
+	away    error
+	self    subnet.Node
+	selfErr error
+	refuse  error
+	ownLeases
+}
+
+// ownLeases are what this node has published, in how many writes.
+type ownLeases struct {
 	published []subnet.Lease
 	writes    int
 }
@@ -42,9 +47,30 @@ func (c *cluster) List() (subnet.List, bool) {
 	return l, c.listed
 }
 
-func (c *cluster) Err() error { return c.away }
+func (c *cluster) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.away
+}
 
-func (c *cluster) Self() (subnet.Node, error) { return c.self, c.selfErr }
+func (c *cluster) Self() (subnet.Node, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.self, c.selfErr
+}
+
+func (c *cluster) look() ownLeases {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ownLeases
+}
+
+// with changes the cluster under a running daemon.
+func (c *cluster) with(change func(*cluster)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change(c)
+}
 
 func (c *cluster) Publish(_ context.Context, leases []subnet.Lease) error {
 	c.mu.Lock()

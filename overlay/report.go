@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"errors"
 	"log/slog"
 	"time"
 
@@ -30,6 +31,42 @@ type Report struct {
 	Problems []subnet.Problem `json:"problems"`
 	// TookMs is the duration of the pass in milliseconds.
 	TookMs float64 `json:"tookMs"`
+
+	node string // this node's name, as far as known
+	lack lack
+}
+
+// A lack is what keeps this node from being planned for, or from having a lease.
+type lack struct {
+	event
+	noLease bool // no lease of this node stands
+}
+
+// without is the report of a pass that could not be made because of err: what is known besides stays as it was.
+func (r Report) without(err error) Report {
+	r.Done, r.Failed, r.Skipped, r.Converged, r.Waiting = 0, 0, 0, false, err.Error()
+	var w Waiting
+	if errors.As(err, &w) {
+		r.lack = lack{}
+		if w.Reason != "" {
+			r.lack = lack{event{w.Reason, w.For}, w.NoLease}
+		}
+		return r
+	}
+	r.Failed = 1 // the reading; it is worth another try soon
+	r.lack = lack{event: event{reasonUnreadable, err.Error()}}
+	return r
+}
+
+// missing records what is not known of this node any more. One that the cluster does not know is not reached by others.
+func (r *Report) missing(w *Waiting) {
+	if w == nil {
+		return
+	}
+	r.lack = lack{event{w.Reason, w.For}, w.NoLease}
+	if w.NoNode {
+		r.Waiting = w.For
+	}
 }
 
 // Ready reports whether pods can be attached and reach others.

@@ -30,6 +30,10 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	g.Go(func() error { return r.planner.Kernel.Watch(ctx, r.isUplink, r.Ring) })
 	g.Go(func() error { return r.Passes(ctx) })
 	g.Go(func() error { return r.Publish(ctx) })
+	if r.Announcer != nil {
+		g.Go(func() error { return r.Declare(ctx) })
+		g.Go(func() error { return r.TellEvents(ctx) })
+	}
 	g.Go(func() error { return r.Sweep(ctx) })
 	g.Go(func() error { return r.Serve(ctx) })
 	return g.Wait()
@@ -38,7 +42,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 // Sweep frees, now and then, the addresses of pods that went without a word (a reboot of the runtime, a lost DEL).
 func (r *Reconciler) Sweep(ctx context.Context) error {
 	for {
-		freed, err := podnet.Sweep(r.planner.RunDir)
+		freed, err := podnet.Sweep(ctx, r.planner.RunDir, podnet.DelegatePath)
 		if err != nil {
 			r.log.Warn("sweeping pod addresses", "err", err)
 		}

@@ -200,7 +200,8 @@ func (k *Kernel) explainLink(l backend.Link, err error) error {
 			"(ss -lunp, ip -d link show type vxlan); end that, or set another Backend.Port in net-conf.json",
 			err, l.VXLAN.Port)
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return fmt.Errorf("%w (module %s)", err, l.Type)
+		return fmt.Errorf("%w: this kernel makes no %s links; load the module (modprobe %s), or boot a kernel that has it",
+			err, l.Type, l.Type)
 	case errors.Is(err, unix.EINVAL) && l.Type == backend.KindVXLAN:
 		return fmt.Errorf("%w: perhaps MTU %d does not fit into that of %s", err, l.MTU, l.VXLAN.Dev)
 	}

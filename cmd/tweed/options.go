@@ -23,6 +23,7 @@ import (
 const (
 	netConfPath     = "/etc/tweed/net-conf.json"
 	singleNodeStore = "/var/lib/tweed/leases"
+	mountedSysctls  = "/host/proc/sys"
 )
 
 // options are the flags that say what this node is.
@@ -43,8 +44,16 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.StringVar(&o.iface, "iface", "",
 		"interface that carries packets to other nodes (default: the one with the node's address, then the default route's)")
 	fs.StringVar(&o.runDir, "run-dir", podnet.DefaultRunDir, "where daemon and plugin meet; emptied by a reboot")
-	fs.StringVar(&o.sysctlRoot, "sysctl-root", "/proc/sys",
-		"where the host's /proc/sys is found; a container's own is read-only")
+	fs.StringVar(&o.sysctlRoot, "sysctl-root", defaultSysctlRoot(),
+		"where the host's /proc/sys is found; a container's own is read-only, so "+mountedSysctls+" where that is mounted")
+}
+
+// defaultSysctlRoot is where the manifest mounts the host's, so that commands need no flag in the daemon's container.
+func defaultSysctlRoot() string {
+	if st, err := os.Stat(mountedSysctls); err == nil && st.IsDir() {
+		return mountedSysctls
+	}
+	return "/proc/sys"
 }
 
 // access says what a command may do with leases.
@@ -61,11 +70,16 @@ type store interface {
 	overlay.Publisher
 }
 
+// A configError is what is wrong with net-conf.json.
+type configError struct{ error }
+
+func (e configError) Unwrap() error { return e.error }
+
 // planner puts together what a pass needs. done releases it.
 func (o *options) planner(log *slog.Logger, a access) (p *overlay.Planner, done func(), err error) {
 	cfg, err := overlay.LoadConfig(o.netConf)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, configError{err}
 	}
 	leases, leased, err := o.store(cfg, log, a)
 	if err != nil {

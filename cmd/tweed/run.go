@@ -1,16 +1,39 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"log/slog"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"tweed.dev/tweed/overlay"
+	"tweed.dev/tweed/subnet/kube"
 )
 
 // patience is how long commands that look once wait for what they look at.
 const patience = 10 * time.Second
+
+// complain writes an event on this node's Node about what keeps the daemon from running: its log is where few look.
+func (o *options) complain(ctx context.Context, log *slog.Logger, why error) {
+	if o.singleNode || o.leases != "" {
+		return
+	}
+	cfg, err := o.restConfig()
+	if err != nil || o.nodeName() == "" {
+		return // this is not a node of a cluster, as why says
+	}
+	reason := overlay.ReasonCannotStart
+	if errors.As(why, new(configError)) {
+		reason = overlay.ReasonConfigInvalid
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := kube.TellOnce(ctx, cfg, o.nodeName(), reason, "tweed cannot run: "+why.Error()); err != nil {
+		log.Warn("event not written", "reason", reason, "err", err)
+	}
+}
 
 func runCommand() *cobra.Command {
 	var o options
@@ -34,11 +57,13 @@ connected. 127.0.0.1:9479 answers /healthz, /readyz and /report.`,
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level}))
 			p, done, err := o.planner(log, readWrite)
 			if err != nil {
+				o.complain(cmd.Context(), log, err)
 				return err
 			}
 			defer done()
-			cni := overlay.CNIConf{Dir: cniConfDir, RunDir: o.runDir}
-			return overlay.NewReconciler(p, cni, version, log).Run(cmd.Context())
+			r := overlay.NewReconciler(p, overlay.CNIConf{Dir: cniConfDir, RunDir: o.runDir}, version, log)
+			r.Announcer, _ = p.Publisher.(overlay.Announcer) // a directory has nowhere to announce anything
+			return r.Run(cmd.Context())
 		},
 	}
 	o.addTo(cmd.Flags())

@@ -28,6 +28,9 @@ import (
 	"tweed.dev/tweed/subnet/local"
 )
 
+// configMap is where a cluster keeps net-conf.json, for people.
+const configMap = kube.NetConfMap + " in namespace " + kube.NetConfNamespace
+
 func subnetCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "subnet",
@@ -45,7 +48,8 @@ func statusCommand() *cobra.Command {
 		Use:   "status",
 		Short: "Show every node's lease and what is wrong with it",
 		Long: `Show every node's subnets, where its packets go, and what is wrong; and how much of the pod
-network is leased. Which leases are good is judged by net-conf.json, where there is one.
+network is leased. Which leases are good is judged by net-conf.json, or else by what the cluster
+has of it in ConfigMap ` + configMap + `.
 
 Exit status: 0 all is well, 2 something is wrong, 1 error.`,
 		Args: cobra.NoArgs,
@@ -59,15 +63,12 @@ Exit status: 0 all is well, 2 something is wrong, 1 error.`,
 			if err != nil {
 				return err
 			}
-			var cfg *overlay.Config
-			c, err := overlay.LoadConfig(netConf)
-			switch {
-			case err == nil:
-				cfg = &c
-			case !errors.Is(err, fs.ErrNotExist) || cmd.Flags().Changed("net-conf"):
+			cfg, unknown, err := s.config(ctx, netConf, cmd.Flags().Changed("net-conf"))
+			if err != nil {
 				return err
 			}
 			st := newStatus(list, cfg)
+			st.unknown = unknown
 			if err := st.print(cmd.OutOrStdout(), output, time.Now()); err != nil {
 				return err
 			}
@@ -80,7 +81,8 @@ Exit status: 0 all is well, 2 something is wrong, 1 error.`,
 	cmd.Flags().StringVar(&s.kubeconfig, "kubeconfig", "",
 		"how to reach the API server (default: as kubectl finds it, or the pod's own service account)")
 	cmd.Flags().StringVar(&s.leases, "leases", "", "directory that nodes share leases in, instead of an API server")
-	cmd.Flags().StringVar(&netConf, "net-conf", netConfPath, "the pod network's configuration")
+	cmd.Flags().StringVar(&netConf, "net-conf", netConfPath,
+		"the pod network's configuration; the cluster's ConfigMap where there is no such file")
 	cmd.Flags().StringVarP(&output, "output", "o", "", "wide, json or yaml (default: a table)")
 	return cmd
 }
@@ -95,6 +97,33 @@ func (s *source) list(ctx context.Context) (subnet.List, error) {
 		return subnet.List{}, err
 	}
 	return kube.ListOnce(ctx, cfg)
+}
+
+// config reads the pod network's configuration: the file at path, or else, where that was not asked for, what the cluster
+// has. unknown says why there is none.
+func (s *source) config(ctx context.Context, path string, asked bool) (cfg *overlay.Config, unknown, err error) {
+	c, err := overlay.LoadConfig(path)
+	if err == nil {
+		return &c, nil, nil
+	}
+	if asked || !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, err
+	}
+	if s.leases != "" {
+		return nil, fmt.Errorf("there is no %s", path), nil
+	}
+	rest, err := s.adminConfig()
+	if err != nil {
+		return nil, nil, err
+	}
+	text, unknown := kube.NetConf(ctx, rest)
+	if unknown != nil {
+		return nil, unknown, nil
+	}
+	if c, err = overlay.ParseConfig([]byte(text)); err != nil {
+		return nil, nil, fmt.Errorf("ConfigMap %s: %w", configMap, err)
+	}
+	return &c, nil, nil
 }
 
 // adminConfig finds an API server as kubectl does.
@@ -116,6 +145,8 @@ type status struct {
 	Network []subnet.Usage `json:"network,omitempty"`
 	// Problems are those of all nodes.
 	Problems []subnet.Problem `json:"problems"`
+
+	unknown error // why there is no configuration to judge by
 }
 
 // nodeStatus is one node's line.
@@ -219,7 +250,8 @@ func (st status) table(w io.Writer, wide bool, now time.Time) error {
 	}
 	fmt.Fprintln(w)
 	if st.Network == nil {
-		fmt.Fprintln(w, "The pod network is not known here, so leases are not judged by it: name a net-conf.json with --net-conf.")
+		fmt.Fprintf(w, "The pod network is not known here, so leases are not judged by it: %v; name a net-conf.json with "+
+			"--net-conf.\n", st.unknown)
 	}
 	for _, u := range st.Network {
 		fmt.Fprintf(w, "Network %s: %d of %d subnets leased, %d free.\n", u.Network, u.Leased, u.Total, u.Free)

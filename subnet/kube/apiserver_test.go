@@ -1,6 +1,7 @@
 package kube_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -44,9 +45,13 @@ type apiServer struct {
 	silent  bool           // withholds the bookmark that ends the first list
 	muted   bool           // withholds all events
 	oldest  int            // watches from before it are answered with 410
-	refuse  map[string]int // HTTP status by verb: list, watch, get, patch
+	refuse  map[string]int // HTTP status by verb: list, watch, get, patch, patch status, create events, patch events
+	why     string         // what is said with 403
 	stale   int            // how many PATCHes are answered with 409, whatever they say
+	hung    chan struct{}  // PATCHes of status are not answered before it is closed
 	patches []string
+	told    map[string]*corev1.Event
+	maps    map[string]map[string]string // ConfigMaps of namespace tweed
 	server  *httptest.Server
 	addr    string
 }
@@ -59,7 +64,7 @@ type event struct {
 
 func newAPIServer(t *testing.T, change ...func(*apiServer)) *apiServer {
 	a := &apiServer{t: t, nodes: map[string]*corev1.Node{}, refuse: map[string]int{}, changed: make(chan struct{}),
-		rv: 100, addr: "127.0.0.1:0"}
+		told: map[string]*corev1.Event{}, why: "not allowed", rv: 100, addr: "127.0.0.1:0"}
 	for _, c := range change {
 		c(a)
 	}
@@ -174,22 +179,15 @@ func (a *apiServer) patched() []string {
 }
 
 func (a *apiServer) serve(w http.ResponseWriter, r *http.Request) {
-	name := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path, "/api/v1/nodes"), "/")
+	verb, name := parseRequest(r)
 	v := a.view(w, r)
-	verb := map[string]string{http.MethodPatch: "patch", http.MethodGet: "get"}[r.Method]
-	switch {
-	case r.URL.Query().Get("watch") != "":
-		verb = "watch"
-	case name == "":
-		verb = "list"
-	}
 	a.mu.Lock()
-	code := a.refuse[verb]
+	code, why := a.refuse[verb], a.why
 	a.mu.Unlock()
 	switch code {
 	case 0:
 	case http.StatusForbidden:
-		v.fail(apierrors.NewForbidden(nodes, name, errors.New("not allowed")))
+		v.fail(apierrors.NewForbidden(nodes, name, errors.New(why)))
 		return
 	case http.StatusUnauthorized:
 		v.fail(apierrors.NewUnauthorized("Unauthorized"))
@@ -199,6 +197,8 @@ func (a *apiServer) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	switch verb {
+	case "get configmap":
+		a.getConfigMap(v, name)
 	case "watch":
 		a.watch(v, r)
 	case "list":
@@ -207,7 +207,35 @@ func (a *apiServer) serve(w http.ResponseWriter, r *http.Request) {
 		a.get(v, name)
 	case "patch":
 		a.patch(v, name)
+	case "patch status":
+		a.patchStatus(v, name)
+	case "create events":
+		a.createEvent(v)
+	case "patch events":
+		a.patchEvent(v, name)
 	}
+}
+
+func parseRequest(r *http.Request) (verb, name string) {
+	path := strings.TrimPrefix(r.URL.Path, "/api/v1/")
+	verb = map[string]string{http.MethodPatch: "patch", http.MethodGet: "get", http.MethodPost: "create"}[r.Method]
+	if name, ok := strings.CutPrefix(path, "namespaces/default/events"); ok {
+		return verb + " events", strings.TrimPrefix(name, "/")
+	}
+	if path, ok := strings.CutPrefix(path, "namespaces/tweed/configmaps/"); ok {
+		return verb + " configmap", path
+	}
+	name = strings.TrimPrefix(strings.TrimPrefix(path, "nodes"), "/")
+	switch {
+	case r.URL.Query().Get("watch") != "":
+		verb = "watch"
+	case name == "":
+		verb = "list"
+	}
+	if of, ok := strings.CutSuffix(name, "/status"); ok {
+		return verb + " status", of
+	}
+	return verb, name
 }
 
 var nodes = schema.GroupResource{Resource: "nodes"}
@@ -318,48 +346,194 @@ func (a *apiServer) await(r *http.Request, ok func() bool) bool {
 	}
 }
 
-func (a *apiServer) patch(v view, name string) {
-	body, _ := io.ReadAll(v.r.Body)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.patches = append(a.patches, string(body))
-	var p struct {
-		Metadata struct {
-			UID             types.UID
-			ResourceVersion string
-			Annotations     map[string]*string
-		}
-	}
-	if err := json.Unmarshal(body, &p); err != nil {
-		a.t.Errorf("PATCH %s: %v", body, err)
-	}
-	if t := v.r.Header.Get("Content-Type"); t != string(types.MergePatchType) {
-		a.t.Errorf("PATCH with content type %s", t)
-	}
+// identity is what a PATCH says of the object that it is made for.
+type identity struct {
+	UID             types.UID
+	ResourceVersion string
+}
+
+// amend makes a change to a Node, unless another one was meant. It holds a.mu.
+func (a *apiServer) amend(v view, name string, meant identity, change func(*corev1.Node) error) {
 	old := a.nodes[name]
 	switch {
 	case old == nil:
 		v.fail(apierrors.NewNotFound(nodes, name))
 		return
-	case p.Metadata.UID != old.UID:
+	case meant.UID != old.UID:
 		v.fail(apierrors.NewInvalid(schema.GroupKind{Kind: "Node"}, name, nil))
 		return
-	case a.stale > 0 || p.Metadata.ResourceVersion != old.ResourceVersion:
+	case a.stale > 0 || meant.ResourceVersion != old.ResourceVersion:
 		a.stale--
 		v.fail(apierrors.NewConflict(nodes, name, errors.New("the object has been modified")))
 		return
 	}
 	n := old.DeepCopy()
-	for key, value := range p.Metadata.Annotations {
-		if value == nil {
-			delete(n.Annotations, key)
-		} else {
-			n.Annotations[key] = *value
-		}
+	if err := change(n); err != nil {
+		a.t.Error(err)
 	}
 	a.nodes[name] = n
 	a.record(watch.Modified, n)
 	v.write(v.one(n))
+}
+
+func (a *apiServer) patch(v view, name string) {
+	body, _ := io.ReadAll(v.r.Body)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.patches = append(a.patches, string(body))
+	if v.r.URL.Query().Get("fieldManager") != "tweed" {
+		a.t.Errorf("PATCH %s has no manager", v.r.URL)
+	}
+	switch t := v.r.Header.Get("Content-Type"); t {
+	case string(types.MergePatchType):
+		a.patchAnnotations(v, name, body)
+	case string(types.JSONPatchType):
+		a.patchTaints(v, name, body)
+	default:
+		a.t.Errorf("PATCH with content type %s", t)
+	}
+}
+
+func (a *apiServer) patchAnnotations(v view, name string, body []byte) {
+	var p struct {
+		Metadata struct {
+			identity
+			Annotations map[string]*string
+		}
+	}
+	if err := json.Unmarshal(body, &p); err != nil {
+		a.t.Errorf("PATCH %s: %v", body, err)
+	}
+	a.amend(v, name, p.Metadata.identity, func(n *corev1.Node) error {
+		for key, value := range p.Metadata.Annotations {
+			if value == nil {
+				delete(n.Annotations, key)
+			} else {
+				n.Annotations[key] = *value
+			}
+		}
+		return nil
+	})
+}
+
+// patchTaints takes tests of the object, and then of each taint that is removed.
+func (a *apiServer) patchTaints(v view, name string, body []byte) {
+	var ops []struct{ Op, Path, Value string }
+	if err := json.Unmarshal(body, &ops); err != nil || len(ops) < 2 || ops[0].Path != "/metadata/uid" ||
+		ops[1].Path != "/metadata/resourceVersion" {
+		a.t.Errorf("PATCH %s: %v", body, err)
+		return
+	}
+	a.amend(v, name, identity{types.UID(ops[0].Value), ops[1].Value}, func(n *corev1.Node) error {
+		for _, o := range ops[2:] {
+			var i int
+			if _, err := fmt.Sscanf(o.Path, "/spec/taints/%d", &i); err != nil || i >= len(n.Spec.Taints) {
+				return fmt.Errorf("PATCH %s of %v", body, n.Spec.Taints)
+			}
+			switch {
+			case o.Op == "test" && strings.HasSuffix(o.Path, "/key") && o.Value == n.Spec.Taints[i].Key:
+			case o.Op == "remove" && o.Path == fmt.Sprintf("/spec/taints/%d", i):
+				n.Spec.Taints = slices.Delete(n.Spec.Taints, i, i+1)
+			default:
+				return fmt.Errorf("PATCH %s of %v", body, n.Spec.Taints)
+			}
+		}
+		return nil
+	})
+}
+
+func (a *apiServer) patchStatus(v view, name string) {
+	body, _ := io.ReadAll(v.r.Body)
+	a.mu.Lock()
+	hung := a.hung
+	a.mu.Unlock()
+	if hung != nil {
+		<-hung
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.patches = append(a.patches, string(body))
+	if t := v.r.Header.Get("Content-Type"); t != string(types.StrategicMergePatchType) {
+		a.t.Errorf("PATCH of status with content type %s", t)
+	}
+	var p struct {
+		Metadata identity
+		Status   struct{ Conditions []corev1.NodeCondition }
+	}
+	strict := json.NewDecoder(bytes.NewReader(body))
+	strict.DisallowUnknownFields()
+	if err := strict.Decode(&p); err != nil {
+		a.t.Errorf("PATCH %s: %v", body, err)
+	}
+	a.amend(v, name, p.Metadata, func(n *corev1.Node) error {
+		for _, c := range p.Status.Conditions { // their merge key is the type
+			i := slices.IndexFunc(n.Status.Conditions, func(h corev1.NodeCondition) bool { return h.Type == c.Type })
+			if i < 0 {
+				n.Status.Conditions = append(n.Status.Conditions, c)
+			} else {
+				n.Status.Conditions[i] = c
+			}
+		}
+		return nil
+	})
+}
+
+func (a *apiServer) getConfigMap(v view, name string) {
+	a.mu.Lock()
+	m := a.maps[name]
+	a.mu.Unlock()
+	if m == nil {
+		v.fail(apierrors.NewNotFound(schema.GroupResource{Resource: "configmaps"}, name))
+		return
+	}
+	c := &corev1.ConfigMap{Data: m}
+	c.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("ConfigMap"))
+	v.write(c)
+}
+
+func (a *apiServer) createEvent(v view) {
+	body, _ := io.ReadAll(v.r.Body)
+	e := &corev1.Event{}
+	info, _ := runtime.SerializerInfoForMediaType(v.codecs.SupportedMediaTypes(), v.r.Header.Get("Content-Type"))
+	if _, _, err := info.Serializer.Decode(body, nil, e); err != nil {
+		a.t.Errorf("decoding an Event: %v", err)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.told[e.Name] != nil {
+		v.fail(apierrors.NewAlreadyExists(schema.GroupResource{Resource: "events"}, e.Name))
+		return
+	}
+	a.told[e.Name] = e
+	v.write(e)
+}
+
+func (a *apiServer) patchEvent(v view, name string) {
+	body, _ := io.ReadAll(v.r.Body)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := json.Unmarshal(body, a.told[name]); err != nil {
+		a.t.Errorf("PATCH %s: %v", body, err)
+	}
+	a.told[name].Count++ // only here: how often it was told
+	v.write(a.told[name])
+}
+
+// toldEvents returns the Events that there are.
+func (a *apiServer) toldEvents() (events []corev1.Event) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(a.told)) {
+		events = append(events, *a.told[name])
+	}
+	return events
+}
+
+// node returns a Node.
+func (a *apiServer) node(name string) *corev1.Node {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.nodes[name].DeepCopy()
 }
 
 // A view is how one request wants Nodes to be shown.
@@ -369,6 +543,8 @@ type view struct {
 	r    *http.Request
 	info runtime.SerializerInfo
 	meta bool // metadata only
+
+	codecs serializer.CodecFactory
 }
 
 func (a *apiServer) view(w http.ResponseWriter, r *http.Request) view {
@@ -387,8 +563,9 @@ func (a *apiServer) view(w http.ResponseWriter, r *http.Request) view {
 	if err := metav1.AddMetaToScheme(scheme); err != nil {
 		a.t.Error(err)
 	}
-	info, _ := runtime.SerializerInfoForMediaType(serializer.NewCodecFactory(scheme).SupportedMediaTypes(), media)
-	return view{a.t, w, r, info, strings.Contains(accept, "as=PartialObjectMetadata")}
+	codecs := serializer.NewCodecFactory(scheme)
+	info, _ := runtime.SerializerInfoForMediaType(codecs.SupportedMediaTypes(), media)
+	return view{a.t, w, r, info, strings.Contains(accept, "as=PartialObjectMetadata"), codecs}
 }
 
 func (v view) wants(name string) bool {

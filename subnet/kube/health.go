@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/url"
+	"strings"
 	"sync"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -58,8 +59,8 @@ func (h *health) err() error {
 	return h.failures[len(h.failures)-1].err
 }
 
-// explain adds to err what was asked of which API server, and what to do about it. verb is that of RBAC.
-func explain(verb, server string, err error) error {
+// explain adds to err what was asked of which API server, and what to do about it. verb and resource are those of RBAC.
+func explain(verb, resource, server string, err error) error {
 	var u *url.Error
 	if errors.As(err, &u) {
 		err = u.Err // the URL of the request says no more than verb and server
@@ -68,8 +69,19 @@ func explain(verb, server string, err error) error {
 	switch {
 	case apierrors.IsUnauthorized(err):
 		hint = " (it does not accept our token or client certificate; check the kubeconfig or the service account)"
+	case apierrors.IsForbidden(err) && isDenied(err):
+		hint = " (an admission policy refuses it, for the reason at the end)"
+	case apierrors.IsForbidden(err) && strings.Contains(err.Error(), `User "system:node:`):
+		hint = " (this is the identity of a kubelet; give the daemon one of its own: the token of its pod, " +
+			"or a certificate as in docs/security.md)"
 	case apierrors.IsForbidden(err):
-		hint = fmt.Sprintf(" (give our account the verb %q on the resource \"nodes\")", verb)
+		hint = fmt.Sprintf(" (give our account the verb %q on the resource %q)", verb, resource)
 	}
-	return fmt.Errorf("cannot %s nodes at %s%s: %w", verb, server, hint, err)
+	return fmt.Errorf("cannot %s %s at %s%s: %w", verb, resource, server, hint, err)
+}
+
+// isDenied reports whether a refusal is that of a policy or of a webhook, and not for lack of a role.
+func isDenied(err error) bool {
+	text := err.Error()
+	return strings.Contains(text, " denied request: ") || strings.Contains(text, " denied the request")
 }

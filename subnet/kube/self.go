@@ -9,7 +9,6 @@ import (
 	"sync"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
 
@@ -21,10 +20,18 @@ type version struct {
 	uid         types.UID
 	resource    string // resourceVersion
 	annotations map[string]string
+	network     condition // NetworkUnavailable
+	startup     []int     // places of the startup taint in spec.taints
 }
 
-func versionOf(m *metav1.ObjectMeta) version {
-	return version{m.UID, m.ResourceVersion, ours(m.Annotations)}
+func versionOf(n *corev1.Node) version {
+	return version{n.UID, n.ResourceVersion, ours(n.Annotations), networkOf(n), startupTaints(n)}
+}
+
+// same reports whether nothing that is ours to write differs.
+func (v version) same(w version) bool {
+	return v.uid == w.uid && maps.Equal(v.annotations, w.annotations) && v.network.says(w.network) &&
+		slices.Equal(v.startup, w.startup)
 }
 
 // own holds this node's own Node object.
@@ -59,12 +66,11 @@ func (o *own) wrote(v version) {
 	o.version = v
 }
 
-// set records the Node and reports whether what we read of it, or our annotations on it, changed.
+// set records the Node and reports whether what we read of it, or write to it, changed.
 func (o *own) set(node subnet.Node, err error, v version) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	same := equalNodes(o.node, node) && equalErrors(o.err, err) &&
-		o.version.uid == v.uid && maps.Equal(o.version.annotations, v.annotations)
+	same := equalNodes(o.node, node) && equalErrors(o.err, err) && o.version.same(v)
 	o.node, o.err, o.version = node, err, v
 	return !same
 }
@@ -85,7 +91,7 @@ func equalErrors(a, b error) bool {
 func readNode(n *corev1.Node) (subnet.Node, error) {
 	subnets, err := podCIDRs(n)
 	if err != nil {
-		return subnet.Node{}, err
+		return subnet.Node{Name: n.Name}, err
 	}
 	return subnet.Node{Name: n.Name, Subnets: subnets, Addrs: internalIPs(n), Since: n.CreationTimestamp.UTC()}, nil
 }
@@ -133,6 +139,7 @@ type ownStore struct {
 	ring func()
 	// complete is called after each list.
 	complete func()
+	name     string
 	// missing says that there is no such Node.
 	missing error
 }
@@ -147,12 +154,12 @@ func (s ownStore) Update(obj any) error {
 		return fmt.Errorf("the API server sent a %T in place of a Node", obj)
 	}
 	node, err := readNode(n)
-	s.put(node, err, versionOf(&n.ObjectMeta))
+	s.put(node, err, versionOf(n))
 	return nil
 }
 
 func (s ownStore) Delete(any) error {
-	s.put(subnet.Node{}, s.missing, version{})
+	s.put(subnet.Node{Name: s.name}, s.missing, version{})
 	return nil
 }
 

@@ -1,8 +1,9 @@
-// Package kube keeps leases in annotations of Kubernetes Node objects.
+// Package kube keeps leases in annotations of Kubernetes Node objects, and has a Node say how its network fares.
 //
 // Every Node is watched by its metadata alone, and of that only what our annotations say is kept: a heartbeat changes
-// nothing and rings no bell. This node's own Node is watched whole, for its spec.podCIDRs and its addresses. The
-// account needs the verbs get, list, watch and patch on nodes.
+// nothing and rings no bell. This node's own Node is watched whole, for its spec.podCIDRs, its addresses, the condition
+// NetworkUnavailable and the startup taint. The account needs the verbs get, list, watch and patch on nodes, patch on
+// nodes/status, and create and patch on events.
 package kube
 
 import (
@@ -41,7 +42,8 @@ type Source struct {
 	all    table
 	self   own
 	health health
-	ring   func() // of Run
+	rival  contest // for the condition NetworkUnavailable
+	ring   func()  // of Run
 }
 
 // New returns a Source for the node of that name. It asks the API server nothing yet: an error means that cfg cannot
@@ -61,6 +63,7 @@ func New(cfg *rest.Config, node string, log *slog.Logger) (*Source, error) {
 	s := &Source{
 		node: node, server: server, log: log, meta: meta, core: core, params: params, health: health{log: log},
 	}
+	s.self.node.Name = node
 	s.self.err = fmt.Errorf("waiting for the API server at %s to send node %s", server, node)
 	return s, nil
 }
@@ -107,7 +110,7 @@ func ListOnce(ctx context.Context, cfg *rest.Config) (subnet.List, error) {
 	}
 	nodes, err := meta.List(klog.NewContext(ctx, logr.Discard()), metav1.ListOptions{})
 	if err != nil {
-		return subnet.List{}, explain("list", server, err)
+		return subnet.List{}, explain("list", "nodes", server, err)
 	}
 	list := subnet.List{Generation: 1, At: time.Now()}
 	for i := range nodes.Items {
@@ -124,7 +127,7 @@ func (s *Source) Run(ctx context.Context, ring func()) error {
 	ctx = s.quiet(ctx)
 	s.ring = ring
 	nodes := nodeStore{&s.all, ring, func() { s.note(ctx, "list", "nodes", nil) }}
-	self := ownStore{&s.self, ring, func() { s.note(ctx, "list", "own node", nil) }, s.missing()}
+	self := ownStore{&s.self, ring, func() { s.note(ctx, "list", "own node", nil) }, s.node, s.missing()}
 	var wg sync.WaitGroup
 	wg.Go(func() { follow(ctx, s.nodes(), &metav1.PartialObjectMetadata{}, nodes) })
 	wg.Go(func() { follow(ctx, s.own(), &corev1.Node{}, self) })
@@ -135,11 +138,11 @@ func (s *Source) Run(ctx context.Context, ring func()) error {
 // List returns the last complete list; false before the first. Its slices must not be changed.
 func (s *Source) List() (subnet.List, bool) { return s.all.snapshot() }
 
-// Self returns what this node's Node says of it, or an error that says what is waited for.
+// Self returns what this node's Node says of it, or its name alone and an error that says what is waited for.
 func (s *Source) Self() (subnet.Node, error) {
 	if _, unknown := s.self.current(); unknown != nil {
 		if away := s.Err(); away != nil {
-			return subnet.Node{}, away
+			return subnet.Node{Name: s.node}, away
 		}
 	}
 	return s.self.get()
@@ -224,7 +227,7 @@ func (s *Source) note(ctx context.Context, verb, what string, err error) {
 		return
 	}
 	if err != nil {
-		err = explain(verb, s.server, err)
+		err = explain(verb, "nodes", s.server, err)
 	}
 	if s.health.note(verb+" "+what, err) {
 		s.ring()

@@ -1,0 +1,67 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// manager is how the API server records whose a field is.
+const manager = "tweed"
+
+// writeTimeout bounds one write with all that belongs to it.
+const writeTimeout = 10 * time.Second
+
+// write changes this node's Node as change says, and once more where the Node was not any more what it was made for.
+// what says what is done, for people; resource is that of RBAC.
+func (s *Source) write(ctx context.Context, what, resource string, change func(context.Context, version) error) error {
+	have, err := s.self.current()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(s.quiet(ctx), writeTimeout)
+	defer cancel()
+	if err = change(ctx, have); isStale(err) {
+		n := &corev1.Node{}
+		if err = s.core.Get().Resource("nodes").Name(s.node).Do(ctx).Into(n); err == nil {
+			err = change(ctx, versionOf(n))
+		}
+	}
+	return s.explainWrite(what, resource, err)
+}
+
+// isStale reports whether the object that a PATCH was made for is not the one that the server has: 409 for an older
+// version of it, 422 for another one of its name, since a uid cannot be changed, or for a test in it that fails.
+func isStale(err error) bool { return apierrors.IsConflict(err) || apierrors.IsInvalid(err) }
+
+func (s *Source) explainWrite(what, resource string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case apierrors.IsNotFound(err):
+		return s.missing()
+	case apierrors.IsConflict(err):
+		return fmt.Errorf("cannot %s node %s: others keep changing the Node; it is tried again with the next pass: %w",
+			what, s.node, err)
+	case apierrors.IsInvalid(err):
+		return fmt.Errorf("cannot %s node %s: the API server at %s refuses it, perhaps by an admission policy: %w",
+			what, s.node, s.server, err)
+	case errors.Is(err, context.DeadlineExceeded):
+		err = fmt.Errorf("no answer in %v", writeTimeout)
+	}
+	return fmt.Errorf("cannot %s node %s: %w", what, s.node, explain("patch", resource, s.server, err))
+}
+
+// precondition names the very object, and the version of it, that a PATCH is made for.
+func (v version) precondition() map[string]any {
+	return map[string]any{"uid": v.uid, "resourceVersion": v.resource}
+}
+
+func (s *Source) patchOptions() *metav1.PatchOptions {
+	return &metav1.PatchOptions{FieldManager: manager}
+}
