@@ -7,7 +7,7 @@ GOFLAGS_BUILD := -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 PACKAGES := busybox-static ca-certificates containernetworking-plugins crun curl ethtool iproute2 iptables iputils-ping \
             nftables podman procps util-linux
 
-.PHONY: all build test unit e2e lab lint bench packages clean
+.PHONY: all build test unit e2e manifests lab lint bench packages clean
 
 all: build
 
@@ -20,9 +20,13 @@ unit: ## unit, property, script and kernel tests
 	go mod download # tests run where there is no network
 	go vet ./...
 	go test -timeout 15m ./...
+	cd manifests && go vet ./... && go test ./...
 
 e2e: ## a real API server, and nodes in network namespaces
 	cd e2e && go vet ./... && go test -timeout 45m -v ./...
+
+manifests: ## what is made from manifests/base: tweed.yaml and the chart's template
+	cd manifests && go run .
 
 lab: packages build ## a small cluster on this machine, to play with
 	bin/tweed lab up

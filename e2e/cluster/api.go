@@ -2,13 +2,14 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	authv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
-	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -17,46 +18,29 @@ import (
 // account is the namespace and the name of the daemon's service account.
 const account = "tweed"
 
-// prepareAPI makes the daemon's namespace, service account and role. The role is all that the daemon may need.
+// base holds what the manifest is made from.
+const base = "../manifests/base/"
+
+// prepareAPI applies what the manifest says of the daemons' identity, and waits until the API server goes by it.
 func (c *Cluster) prepareAPI(t testing.TB) {
 	t.Helper()
-	ctx, meta := t.Context(), metav1.ObjectMeta{Name: account}
-	steps := []struct {
-		what string
-		do   func() error
-	}{
-		{"namespace", func() error {
-			_, err := c.API.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: meta}, metav1.CreateOptions{})
+	// Just after its start, the API server may refuse what its own informers have not seen.
+	Await(t, "the daemons' identity to be applied", func() error {
+		_, err := c.TryKubectl("apply", "-f", base+"namespace.yaml", "-f", base+"identity.yaml", "-f", base+"policy.yaml")
+		return err
+	})
+	nobody := c.AsUser(t, "tweed:node:nobody", "system:masters")
+	Await(t, "the policy tweed-own-node to be in force", func() error {
+		_, err := nobody.CoreV1().Nodes().Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "nobody"}},
+			metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+		if err == nil {
+			return errors.New("nobody's daemon may create a Node")
+		}
+		if !strings.Contains(err.Error(), "tweed-own-node") {
 			return err
-		}},
-		{"service account", func() error {
-			_, err := c.API.CoreV1().ServiceAccounts(account).Create(ctx, &corev1.ServiceAccount{ObjectMeta: meta},
-				metav1.CreateOptions{})
-			return err
-		}},
-		{"cluster role", func() error {
-			_, err := c.API.RbacV1().ClusterRoles().Create(ctx, &rbacv1.ClusterRole{ObjectMeta: meta, Rules: []rbacv1.PolicyRule{
-				{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"get", "list", "watch", "patch"}},
-			}}, metav1.CreateOptions{})
-			return err
-		}},
-		{"cluster role binding", func() error {
-			_, err := c.API.RbacV1().ClusterRoleBindings().Create(ctx, &rbacv1.ClusterRoleBinding{ObjectMeta: meta,
-				RoleRef:  rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: account},
-				Subjects: []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: account, Name: account}},
-			}, metav1.CreateOptions{})
-			return err
-		}},
-	}
-	for _, s := range steps {
-		// Just after its start, the API server may refuse what its own informers have not seen.
-		Await(t, "the "+s.what+" "+account, func() error {
-			if err := s.do(); !apierrors.IsAlreadyExists(err) {
-				return err
-			}
-			return nil
-		})
-	}
+		}
+		return nil
+	})
 }
 
 // CreateNode registers a Node as a kubelet and a controller manager would. It has no machine.
@@ -124,15 +108,18 @@ func (c *Cluster) daemonToken(t testing.TB, node string) string {
 		}
 		return err
 	})
+	return c.token(t, &authv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: pod.Name, UID: pod.UID})
+}
+
+// token is one of the daemon's service account, good for as long as the object that it is bound to exists, if any.
+func (c *Cluster) token(t testing.TB, bound *authv1.BoundObjectReference) string {
+	t.Helper()
 	hour := int64(3600)
-	token, err := c.API.CoreV1().ServiceAccounts(account).CreateToken(ctx, account, &authv1.TokenRequest{
-		Spec: authv1.TokenRequestSpec{
-			ExpirationSeconds: &hour,
-			BoundObjectRef:    &authv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: pod.Name, UID: pod.UID},
-		},
+	token, err := c.API.CoreV1().ServiceAccounts(account).CreateToken(t.Context(), account, &authv1.TokenRequest{
+		Spec: authv1.TokenRequestSpec{ExpirationSeconds: &hour, BoundObjectRef: bound},
 	}, metav1.CreateOptions{})
 	if err != nil {
-		t.Fatalf("a token for the daemon on %s: %v", node, err)
+		t.Fatalf("a token of the service account %s: %v", account, err)
 	}
 	return token.Status.Token
 }
