@@ -4,10 +4,10 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unre
 GOFLAGS_BUILD := -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
 # What tests and the lab call, by the names of Debian's packages.
-PACKAGES := busybox-static ca-certificates containernetworking-plugins crun curl ethtool iproute2 iptables iputils-ping \
-            nftables podman procps util-linux
+PACKAGES := buildah busybox-static ca-certificates containerd containernetworking-plugins crun curl ethtool gcc iproute2 \
+            iptables iputils-ping libc6-dev mmdebstrap nftables podman procps runc util-linux
 
-.PHONY: all build test unit e2e manifests lab lint bench packages clean
+.PHONY: all build test unit e2e conformance manifests lab lint bench packages clean
 
 all: build
 
@@ -20,10 +20,13 @@ unit: ## unit, property, script and kernel tests
 	go mod download # tests run where there is no network
 	go vet ./...
 	go test -timeout 15m ./...
-	cd manifests && go vet ./... && go test ./...
+	cd manifests && CGO_ENABLED=0 go vet ./... && CGO_ENABLED=0 go test ./...
 
 e2e: ## a real API server, and nodes in network namespaces
-	cd e2e && go vet ./... && go test -timeout 45m -v ./...
+	cd e2e && CGO_ENABLED=0 go vet ./... && CGO_ENABLED=0 go test -timeout 75m -v .
+
+conformance: packages ## Kubernetes' own network tests, all that can run here; writes docs/conformance.md
+	cd e2e && CGO_ENABLED=0 go test -timeout 120m -v -run '^TestConformance' . -args -wide
 
 manifests: ## what is made from manifests/base: tweed.yaml and the chart's template
 	cd manifests && go run .

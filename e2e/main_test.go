@@ -11,6 +11,7 @@ import (
 
 	"tweed.dev/tweed/e2e/build"
 	"tweed.dev/tweed/e2e/jail"
+	"tweed.dev/tweed/e2e/machine"
 	"tweed.dev/tweed/e2e/world"
 )
 
@@ -19,6 +20,8 @@ const programsVariable = "TWEED_E2E_PROGRAMS"
 
 func TestMain(m *testing.M) {
 	jail.Enter()
+	machine.Enter()
+	world.Enter()
 	if world.Inside() {
 		os.Exit(inside(m))
 	}

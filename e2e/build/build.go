@@ -2,9 +2,12 @@
 package build
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,12 +15,31 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"tweed.dev/tweed/e2e/image"
 )
 
 // Programs holds the paths of what was built.
 type Programs struct {
-	Etcd, APIServer string
+	Etcd string
+	// Kubernetes is a directory with its programs by their own names.
+	Kubernetes string
+	// Suite holds Kubernetes' own tests, and Ginkgo runs them side by side.
+	Suite, Ginkgo   string
 	Tweed, TweedCNI string
+	// Image is an archive of tweed's image, and TestImages one of what else hosts run in containers.
+	Image, TestImages string
+}
+
+// Version is that of tweed's image in a run; manifests/tweed.yaml names it.
+const Version = "v0.1.0"
+
+// Kube returns the path of one of Kubernetes' programs.
+func (p Programs) Kube(name string) string { return filepath.Join(p.Kubernetes, name) }
+
+// kubeNames are those that the program in ../kubernetes goes by.
+var kubeNames = []string{
+	"kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler", "kubectl", "kubelet",
 }
 
 // unused is how long a build of Kubernetes that no run has asked for is kept.
@@ -25,7 +47,7 @@ const unused = 30 * 24 * time.Hour
 
 // All builds everything: tweed below moduleDir, the directory of the e2e module, Kubernetes and etcd in the user's cache
 // directory, for all checkouts. They are linked again only when the Go version or go.sum changed: Go's own build cache
-// keeps what is compiled, which takes seven minutes, but not what is linked, which takes one.
+// keeps what is compiled, which takes twenty minutes, but not what is linked, which takes one.
 func All(moduleDir string, progress func(format string, args ...any)) (Programs, error) {
 	user, err := os.UserCacheDir()
 	if err != nil {
@@ -46,11 +68,10 @@ func All(moduleDir string, progress func(format string, args ...any)) (Programs,
 		return Programs{}, err
 	}
 	defer unlock()
+	at := func(name string) string { return filepath.Join(cache, key, name) }
 	p := Programs{
-		Etcd:      filepath.Join(cache, key, "etcd"),
-		APIServer: filepath.Join(cache, key, "kube-apiserver"),
-		Tweed:     filepath.Join(bin, "tweed"),
-		TweedCNI:  filepath.Join(bin, "tweed-cni"),
+		Etcd: at("etcd"), Kubernetes: at("kubernetes"), Suite: at("e2e.test"), Ginkgo: at("ginkgo"),
+		Tweed: filepath.Join(bin, "tweed"), TweedCNI: filepath.Join(bin, "tweed-cni"),
 	}
 	if err := dropUnused(cache, key); err != nil {
 		return Programs{}, err
@@ -59,47 +80,73 @@ func All(moduleDir string, progress func(format string, args ...any)) (Programs,
 	if err != nil {
 		return Programs{}, err
 	}
-	if err := once(p.Etcd, moduleDir, "go.etcd.io/etcd/server/v3", "-s -w", progress); err != nil {
+	if err := os.MkdirAll(p.Kubernetes, 0o755); err != nil {
 		return Programs{}, err
 	}
-	if err := once(p.APIServer, moduleDir, "k8s.io/kubernetes/cmd/kube-apiserver", stamps(version), progress); err != nil {
-		return Programs{}, err
+	const small = "-s -w"
+	for _, g := range []goal{
+		{p.Etcd, moduleDir, []string{"build", "-ldflags", small}, "go.etcd.io/etcd/server/v3"},
+		{p.Kube("kubernetes"), moduleDir, []string{"build", "-ldflags", stamps(version)}, "./kubernetes"},
+		{p.Ginkgo, moduleDir, []string{"build", "-ldflags", small}, "github.com/onsi/ginkgo/v2/ginkgo"},
+		{p.Suite, moduleDir, []string{"test", "-c", "-ldflags", stamps(version)}, "k8s.io/kubernetes/test/e2e"},
+	} {
+		if err := g.once(progress); err != nil {
+			return Programs{}, err
+		}
+	}
+	for _, name := range kubeNames {
+		if err := os.Symlink("kubernetes", p.Kube(name)); err != nil && !errors.Is(err, fs.ErrExist) {
+			return Programs{}, err
+		}
 	}
 	ours := filepath.Dir(moduleDir)
 	progress("building tweed and tweed-cni")
-	if err := goBuild(p.Tweed, ours, "./cmd/tweed", ""); err != nil {
+	for _, g := range []goal{
+		{p.Tweed, ours, []string{"build"}, "./cmd/tweed"},
+		{p.TweedCNI, ours, []string{"build"}, "./cmd/tweed-cni"},
+	} {
+		if err := g.build(); err != nil {
+			return Programs{}, err
+		}
+	}
+	if p.TestImages, err = image.TestImages(context.Background(), moduleDir, p.Suite, progress); err != nil {
 		return Programs{}, err
 	}
-	if err := goBuild(p.TweedCNI, ours, "./cmd/tweed-cni", ""); err != nil {
-		return Programs{}, err
-	}
-	return p, nil
+	p.Image, err = image.Build(context.Background(), ours, Version, progress)
+	return p, err
 }
 
-// stamps gives kube-apiserver its version, which go build alone leaves at v0.0.0-master and clients do not believe.
+// stamps gives Kubernetes its version, which go build alone leaves at v0.0.0-master and clients do not believe.
 func stamps(version string) string {
 	parts := strings.Split(strings.TrimPrefix(version, "v"), ".")
 	const in = "-X k8s.io/component-base/version."
 	return "-s -w " + in + "gitVersion=" + version + " " + in + "gitMajor=" + parts[0] + " " + in + "gitMinor=" + parts[1]
 }
 
-func once(out, dir, pkg, ldflags string, progress func(string, ...any)) error {
-	if _, err := os.Stat(out); err == nil {
-		return nil
-	}
-	progress("building %s (minutes the first time, then never again)", filepath.Base(out))
-	return goBuild(out, dir, pkg, ldflags)
+// A goal is a program to be built: by which go command, in which directory, from which package.
+type goal struct {
+	out, dir string
+	command  []string
+	pkg      string
 }
 
-// goBuild writes out by rename: a program that is there is whole, and one that runs from an older build goes on.
-func goBuild(out, dir, pkg, ldflags string) error {
-	cmd := exec.Command("go", "build", "-ldflags", ldflags, "-o", out+".new", pkg)
-	cmd.Dir = dir
+func (g goal) once(progress func(string, ...any)) error {
+	if _, err := os.Stat(g.out); err == nil {
+		return nil
+	}
+	progress("building %s (minutes the first time, then never again)", filepath.Base(g.out))
+	return g.build()
+}
+
+// build writes by rename: a program that is there is whole, and one that runs from an older build goes on.
+func (g goal) build() error {
+	cmd := exec.Command("go", append(g.command, "-o", g.out+".new", g.pkg)...)
+	cmd.Dir = g.dir
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if b, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("go build %s in %s: %w\n%s", pkg, dir, err, b)
+		return fmt.Errorf("%s in %s: %w\n%s", strings.Join(cmd.Args, " "), g.dir, err, b)
 	}
-	return os.Rename(out+".new", out)
+	return os.Rename(g.out+".new", g.out)
 }
 
 func cacheKey(moduleDir string) (string, error) {

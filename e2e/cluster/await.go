@@ -12,6 +12,12 @@ const patience = 60 * time.Second
 // slow, with what check said last.
 func Await(t testing.TB, what string, check func() error) {
 	t.Helper()
+	AwaitLong(t, what, patience, check)
+}
+
+// AwaitLong is Await for what takes its time by design.
+func AwaitLong(t testing.TB, what string, patience time.Duration, check func() error) {
+	t.Helper()
 	begun := time.Now()
 	for last := error(nil); ; {
 		err := check()

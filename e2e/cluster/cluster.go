@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +21,13 @@ import (
 	"tweed.dev/tweed/e2e/build"
 )
 
+// serviceCIDRs are where services have their addresses; the API server has the first of each.
+const serviceCIDRs = "10.96.0.0/16,fd00:96::/112"
+
+func serviceAddrs() []netip.Addr {
+	return []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")}
+}
+
 // controlPlaneNumber is the control plane's place on the underlay; nodes have 11 and up.
 const controlPlaneNumber = 10
 
@@ -27,6 +35,7 @@ const controlPlaneNumber = 10
 type Cluster struct {
 	API   *kubernetes.Clientset
 	Nodes []*Node // those that were not removed
+	Hosts []*Host // those that were not removed
 
 	programs     build.Programs
 	underlay     underlay
@@ -34,19 +43,28 @@ type Cluster struct {
 	pki          *pki
 	etcd         *Process
 	apiserver    *Process
+	controllers  []*Process
 	begun        time.Time
 	numbers      int // of machines so far
 }
 
-// Start brings up a control plane without nodes. It ends with the test.
+// Start brings up a control plane without nodes, and an account for daemons. It ends with the test.
 func Start(t testing.TB, p build.Programs) *Cluster {
+	t.Helper()
+	c := StartBare(t, p)
+	c.prepareAPI(t)
+	return c
+}
+
+// StartBare brings up a control plane in which nobody has made anything yet. It ends with the test.
+func StartBare(t testing.TB, p build.Programs) *Cluster {
 	t.Helper()
 	c := &Cluster{programs: p, begun: time.Now(), underlay: newUnderlay(t)}
 	c.controlPlane = NewNetNS(t, machinePath("cp"))
 	c.underlay.attach(t, c.controlPlane, controlPlaneNumber)
 	var err error
 	addrs := underlayAddrs(controlPlaneNumber)
-	if c.pki, err = newPKI(addrs[:]); err != nil {
+	if c.pki, err = newPKI(append(addrs[:], serviceAddrs()...)); err != nil {
 		t.Fatalf("making certificates: %v", err)
 	}
 	if err := c.pki.write(filesOf("cp/pki")); err != nil {
@@ -59,7 +77,7 @@ func Start(t testing.TB, p build.Programs) *Cluster {
 	if err != nil {
 		t.Fatalf("a client for the API server: %v", err)
 	}
-	c.prepareAPI(t)
+	c.writeKubeconfig(t, "admin", "admin", "system:masters")
 	c.Progress("control plane is up")
 	return c
 }
@@ -90,13 +108,17 @@ func (c *Cluster) StartAPIServer(t testing.TB) {
 	t.Helper()
 	dir := filesOf("cp")
 	pki := filepath.Join(dir, "pki")
-	cmd := exec.Command(c.programs.APIServer, "--etcd-servers=http://127.0.0.1:2379",
+	cmd := exec.Command(c.programs.Kube("kube-apiserver"), "--etcd-servers=http://127.0.0.1:2379",
 		"--advertise-address="+underlayAddrs(controlPlaneNumber)[0].String(), "--secure-port=6443",
 		"--cert-dir="+pki, "--tls-cert-file="+pki+"/server.crt", "--tls-private-key-file="+pki+"/server.key",
-		"--client-ca-file="+pki+"/ca.crt", "--authorization-mode=Node,RBAC",
+		"--client-ca-file="+pki+"/ca.crt", "--requestheader-client-ca-file="+pki+"/ca.crt",
+		"--requestheader-allowed-names=front-proxy", // as the two authorities are one
+		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged=true",
+		"--kubelet-certificate-authority="+pki+"/ca.crt", "--kubelet-client-certificate="+pki+"/admin.crt",
+		"--kubelet-client-key="+pki+"/admin.key", "--kubelet-preferred-address-types=InternalIP",
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+pki+"/token.key",
 		"--service-account-signing-key-file="+pki+"/token.key",
-		"--service-cluster-ip-range=10.96.0.0/16,fd00:96::/112")
+		"--service-cluster-ip-range="+serviceCIDRs)
 	var err error
 	if c.apiserver, err = start(c.controlPlane, "kube-apiserver", filepath.Join(dir, "apiserver.log"), cmd); err != nil {
 		t.Fatal(err)
@@ -155,7 +177,10 @@ func (c *Cluster) stop(t testing.TB) {
 	for _, n := range slices.Clone(c.Nodes) {
 		c.removeMachine(t, n)
 	}
-	for _, p := range []*Process{c.apiserver, c.etcd} {
+	for _, h := range slices.Clone(c.Hosts) {
+		c.removeHost(t, h)
+	}
+	for _, p := range append(c.controllers, c.apiserver, c.etcd) {
 		if p != nil {
 			p.Stop(t, syscall.SIGKILL)
 		}

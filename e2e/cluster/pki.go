@@ -18,7 +18,8 @@ import (
 // A pki is the cluster's certificate authority with all that it signed, and the key that signs tokens, as PEM.
 type pki struct {
 	ca                  []byte
-	serverCert, server  []byte
+	serverCert          []byte
+	serverKey           []byte
 	adminCert, admin    []byte
 	tokenKey            []byte
 	caCert              *x509.Certificate
@@ -33,23 +34,11 @@ func newPKI(server []netip.Addr) (*pki, error) {
 	if err := p.authority(); err != nil {
 		return nil, err
 	}
-	serving := &x509.Certificate{
-		Subject:     pkix.Name{CommonName: "kube-apiserver"},
-		DNSNames:    []string{"kubernetes", "kubernetes.default.svc"},
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	for _, a := range server {
-		serving.IPAddresses = append(serving.IPAddresses, net.IP(a.AsSlice()))
-	}
 	var err error
-	if p.serverCert, p.server, err = p.sign(serving); err != nil {
+	if p.serverCert, p.serverKey, err = p.server("kube-apiserver", server); err != nil {
 		return nil, err
 	}
-	p.adminCert, p.admin, err = p.sign(&x509.Certificate{
-		Subject:     pkix.Name{CommonName: "admin", Organization: []string{"system:masters"}},
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	})
-	if err != nil {
+	if p.adminCert, p.admin, err = p.client("admin", "system:masters"); err != nil {
 		return nil, err
 	}
 	_, p.tokenKey, err = newKey()
@@ -76,6 +65,27 @@ func (p *pki) authority() error {
 	p.caKey, p.serial = key, 1
 	p.ca = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	return nil
+}
+
+// server signs a certificate for a server with these addresses.
+func (p *pki) server(name string, addrs []netip.Addr) (cert, key []byte, err error) {
+	serving := &x509.Certificate{
+		Subject:     pkix.Name{CommonName: name},
+		DNSNames:    []string{name, "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	for _, a := range addrs {
+		serving.IPAddresses = append(serving.IPAddresses, net.IP(a.AsSlice()))
+	}
+	return p.sign(serving)
+}
+
+// client signs a certificate for a user and the groups it is in.
+func (p *pki) client(user string, groups ...string) (cert, key []byte, err error) {
+	return p.sign(&x509.Certificate{
+		Subject:     pkix.Name{CommonName: user, Organization: groups},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
 }
 
 func (p *pki) sign(c *x509.Certificate) (cert, key []byte, err error) {
@@ -112,7 +122,8 @@ func (p *pki) write(dir string) error {
 		return err
 	}
 	for name, b := range map[string][]byte{
-		"ca.crt": p.ca, "server.crt": p.serverCert, "server.key": p.server, "token.key": p.tokenKey,
+		"ca.crt": p.ca, "server.crt": p.serverCert, "server.key": p.serverKey, "token.key": p.tokenKey,
+		"admin.crt": p.adminCert, "admin.key": p.admin,
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
 			return err

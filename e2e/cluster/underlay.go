@@ -27,6 +27,9 @@ func underlayAddrs(number int) [2]netip.Addr {
 	}
 }
 
+// ControlPlaneAddrs are those of the machine with the control plane, one a family.
+func ControlPlaneAddrs() [2]netip.Addr { return underlayAddrs(controlPlaneNumber) }
+
 // attach gives a machine its eth0.
 func (u underlay) attach(t testing.TB, machine NetNS, number int) {
 	t.Helper()

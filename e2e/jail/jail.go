@@ -15,6 +15,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"tweed.dev/tweed/e2e/mounts"
 )
 
 const variable = "TWEED_E2E_JAIL"
@@ -117,11 +119,11 @@ func joinNet(path string) error {
 }
 
 func nodeRoot(binds []Bind) error {
-	if err := mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
+	if err := mounts.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
 		return err
 	}
 	for _, b := range binds {
-		if err := mount(b.From, b.To, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		if err := mounts.Mount(b.From, b.To, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 			return err
 		}
 	}
@@ -142,7 +144,7 @@ func containerRoot(binds []Bind) error {
 	if err := os.MkdirAll(root, 0o755); err != nil {
 		return err
 	}
-	if err := mount("tmpfs", root, "tmpfs", 0, "mode=755"); err != nil {
+	if err := mounts.Mount("tmpfs", root, "tmpfs", 0, "mode=755"); err != nil {
 		return err
 	}
 	var steps []Bind
@@ -163,13 +165,13 @@ func containerRoot(binds []Bind) error {
 			return err
 		}
 	}
-	if err := bindReadOnly(root+"/proc/sys", root+"/proc/sys"); err != nil {
+	if err := mounts.ReadOnly(root+"/proc/sys", root+"/proc/sys"); err != nil {
 		return err
 	}
-	if err := mount("", root, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
+	if err := mounts.Mount("", root, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
 		return err
 	}
-	return changeRoot(root)
+	return mounts.ChangeRoot(root)
 }
 
 func fresh(root string) error {
@@ -182,7 +184,7 @@ func fresh(root string) error {
 		if err := os.MkdirAll(root+m.at, 0o755); err != nil {
 			return err
 		}
-		if err := mount(m.kind, root+m.at, m.kind, m.flags, ""); err != nil {
+		if err := mounts.Mount(m.kind, root+m.at, m.kind, m.flags, ""); err != nil {
 			return err
 		}
 	}
@@ -215,29 +217,9 @@ func show(root string, b Bind) error {
 		return err
 	}
 	if b.Writable {
-		return mount(b.From, to, "", unix.MS_BIND, "")
+		return mounts.Mount(b.From, to, "", unix.MS_BIND, "")
 	}
-	return bindReadOnly(b.From, to)
-}
-
-func bindReadOnly(from, to string) error {
-	if err := mount(from, to, "", unix.MS_BIND, ""); err != nil {
-		return err
-	}
-	return mount("", to, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
-}
-
-func changeRoot(root string) error {
-	if err := os.Chdir(root); err != nil {
-		return err
-	}
-	if err := unix.PivotRoot(".", "."); err != nil { // pivot_root(2): the old root then lies above the new one
-		return fmt.Errorf("changing root to %s: %w", root, err)
-	}
-	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
-		return fmt.Errorf("leaving the old root: %w", err)
-	}
-	return os.Chdir("/")
+	return mounts.ReadOnly(b.From, to)
 }
 
 // netOnly leaves the capabilities that the daemon asks for in its manifest, and takes away all others for good.
@@ -257,11 +239,4 @@ func netOnly() error {
 		return fmt.Errorf("setting capabilities: %w", err)
 	}
 	return unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-}
-
-func mount(from, to, kind string, flags uintptr, options string) error {
-	if err := unix.Mount(from, to, kind, flags, options); err != nil {
-		return fmt.Errorf("mounting %s at %s: %w", from, to, err)
-	}
-	return nil
 }

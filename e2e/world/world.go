@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"tweed.dev/tweed/e2e/mounts"
 )
 
 // Dir is where a run keeps its files. It is memory that only the run sees.
@@ -25,6 +27,18 @@ const temp = Dir + "/tmp"
 
 // mark is in the environment of every process of a run.
 const mark = "TWEED_E2E_WORLD"
+
+// Enter is called first thing in main. It does not return in a process that a run has for cleaning up behind it.
+func Enter() {
+	cgroup := os.Getenv(janitorVariable)
+	if cgroup == "" {
+		return
+	}
+	if err := sweep(cgroup); err != nil {
+		os.Exit(fail("%v", err))
+	}
+	os.Exit(0)
+}
 
 // Inside reports whether this process is the run itself.
 func Inside() bool { return os.Getenv(mark) != "" }
@@ -37,9 +51,10 @@ func Run(env ...string) int {
 	if os.Geteuid() != 0 {
 		return fail("these tests make network namespaces and need root; run them as root")
 	}
-	id := fmt.Sprintf("%s=%d-%d", mark, os.Getpid(), time.Now().UnixNano())
+	name := fmt.Sprintf("%d-%d", os.Getpid(), time.Now().UnixNano())
+	id, cgroup := mark+"="+name, "tweed-e2e-"+name
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(append(os.Environ(), env...), id)
+	cmd.Env = append(append(os.Environ(), env...), id, cgroupVariable+"="+cgroup)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID,
@@ -49,6 +64,10 @@ func Run(env ...string) int {
 	runtime.LockOSThread() // Pdeathsig follows the thread that started the child
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT)
+	janitor, err := startJanitor(cgroup)
+	if err != nil {
+		return fail("%v", err)
+	}
 	if err := cmd.Start(); err != nil {
 		return fail("starting the run: %v", err)
 	}
@@ -57,9 +76,12 @@ func Run(env ...string) int {
 			cmd.Process.Kill()
 		}
 	}()
-	err := cmd.Wait()
+	err = cmd.Wait()
 	left, lerr := Processes(id)
+	swept := janitor.finish()
 	switch {
+	case swept != nil:
+		return fail("removing what the run left: %v", swept)
 	case lerr != nil:
 		return fail("looking for what the run left: %v", lerr)
 	case len(left) > 0:
@@ -76,7 +98,9 @@ func Run(env ...string) int {
 
 // Environ is this process's environment without what makes it the run itself, for starting another run.
 func Environ() []string {
-	return slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, mark+"=") })
+	return slices.DeleteFunc(os.Environ(), func(e string) bool {
+		return strings.HasPrefix(e, mark+"=") || strings.HasPrefix(e, cgroupVariable+"=")
+	})
 }
 
 // Settle makes the world ready. Call it first thing inside.
@@ -87,9 +111,19 @@ func Settle() error {
 	for _, m := range []struct{ kind, at, options string }{
 		{"proc", "/proc", ""}, {"sysfs", "/sys", ""}, {"tmpfs", "/run", "mode=755"},
 	} {
-		if err := unix.Mount(m.kind, m.at, m.kind, 0, m.options); err != nil {
-			return fmt.Errorf("mounting %s: %w", m.at, err)
+		if err := mounts.Mount(m.kind, m.at, m.kind, 0, m.options); err != nil {
+			return err
 		}
+	}
+	controllers, err := Controllers()
+	if err != nil {
+		return err
+	}
+	if err := MountControllers("", controllers); err != nil {
+		return err
+	}
+	if err := JoinCgroup(os.Getenv(cgroupVariable)); err != nil {
+		return err
 	}
 	if err := os.MkdirAll(temp, 0o755); err != nil {
 		return err
