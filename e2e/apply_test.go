@@ -3,6 +3,8 @@ package e2e
 import (
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"sort"
@@ -24,6 +26,7 @@ var eighty80 = intstr.FromInt32(8080)
 func TestApply(t *testing.T) {
 	k := startKube(t, 3, cluster.HostOptions{ProxyMode: "iptables", PodCIDRs: []string{"10.244.0.0/16"}})
 	k.install(t, "-f", manifest)
+	k.step(t, "OverlaysAreAccepted", k.overlaysAccepted)
 	k.step(t, "TwoContainersShareAVolume", k.twoContainers)
 	k.step(t, "PodsRunOnOneNodeAndOnTwo", k.kubectlRun)
 	k.step(t, "ServiceIsReachedFromEverywhere", k.clusterIP)
@@ -98,6 +101,35 @@ func (k *kube) conditionIs(t *testing.T, node string, status corev1.ConditionSta
 		}
 		return fmt.Errorf("there is no such condition among %v", n.Status.Conditions)
 	})
+}
+
+// overlaysAccepted has the API server judge every overlay by strict field validation.
+func (k *kube) overlaysAccepted(t *testing.T) {
+	overlays, err := filepath.Glob("../manifests/overlays/*")
+	if err != nil || len(overlays) == 0 {
+		t.Fatalf("overlays %v: %v", overlays, err)
+	}
+	for _, how := range append([]string{manifest}, overlays...) {
+		flag := "-k"
+		if how == manifest {
+			flag = "-f"
+		}
+		out, err := k.TryKubectl("apply", "--dry-run=server", "--validate=strict", flag, how)
+		if err != nil {
+			t.Errorf("%s: %v", how, err)
+		}
+		if how == manifest && strings.Contains(out, "configured") {
+			t.Errorf("applied again, %s changes something:\n%s", how, out)
+		}
+	}
+	text, err := os.ReadFile(manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrong := strings.Replace(string(text), "hostNetwork: true", "hostNetwrk: true", 1)
+	if _, err := k.KubectlWith(wrong, "apply", "--dry-run=server", "--validate=strict", "-f", "-"); err == nil {
+		t.Error("a field that does not exist is accepted")
+	}
 }
 
 func (k *kube) twoContainers(t *testing.T) {

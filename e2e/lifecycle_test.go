@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +18,9 @@ import (
 	"tweed.dev/tweed/e2e/image"
 	"tweed.dev/tweed/e2e/probe"
 )
+
+// startupTaint keeps pods off a node until its network is up.
+const startupTaint = "tweed.dev/not-ready"
 
 // streams sends numbered datagrams between two pods on different nodes, both ways, while f runs. All must arrive.
 func (s *story) streams(f func()) {
@@ -290,11 +294,27 @@ func (k *kube) nodeLeaves(t *testing.T) {
 		}
 		return nil
 	})
-	joins := k.AddHost(t, "n4", k.options)
+	o := k.options
+	o.Taints = []string{startupTaint + "=:NoSchedule", "example.com/theirs=:PreferNoSchedule"}
+	joins := k.AddHost(t, "n4", o)
 	k.awaitNode(t, joins.Name)
 	begun := time.Now()
 	cluster.Await(t, joins.Name+" to be ready", joins.IsReady)
 	k.Progress("figure: a node that joined was ready after %.1f s", time.Since(begun).Seconds())
+	cluster.Await(t, "the startup taint to go, and no other", func() error {
+		n, err := k.API.CoreV1().Nodes().Get(t.Context(), joins.Name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		var keys []string
+		for _, taint := range n.Spec.Taints {
+			keys = append(keys, taint.Key)
+		}
+		if !slices.Equal(keys, []string{"example.com/theirs"}) {
+			return fmt.Errorf("the taints are %v", keys)
+		}
+		return nil
+	})
 	k.answersIn(t, joins.Name, "n1")
 }
 

@@ -64,10 +64,7 @@ func (k *kube) logged(t *testing.T, words ...string) {
 				}
 			}
 		}
-		if err := contains(all, words...); err != nil {
-			return fmt.Errorf("%w in\n%s", err, all)
-		}
-		return nil
+		return contains(all, words...)
 	})
 }
 
@@ -75,11 +72,7 @@ func (k *kube) logged(t *testing.T, words ...string) {
 func (k *kube) described(t *testing.T, node string, words ...string) {
 	t.Helper()
 	cluster.Await(t, "kubectl describe node "+node, func() error {
-		out := k.Kubectl(t, "describe", "node", node)
-		if err := contains(out, words...); err != nil {
-			return fmt.Errorf("%w in\n%s", err, out)
-		}
-		return nil
+		return contains(k.Kubectl(t, "describe", "node", node), words...)
 	})
 }
 

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,6 +25,8 @@ const (
 	// trust is how long the packet filter counts as unchanged where the kernel would not tell of a change: nobody is
 	// watching, or iptables is of the older form (legacy).
 	trust = 30 * time.Second
+	// hint is a chain in mangle that each kubelet makes for others to see which iptables it uses (Kubernetes' KEP 3178).
+	hint = "KUBE-IPTABLES-HINT"
 )
 
 // A filter is the packet filter, and what was last read of it. Reading starts a process for each chain, so at rest it
@@ -82,17 +86,18 @@ func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 	if family == masq.IPv6 {
 		proto = iptables.ProtocolIPv6
 	}
-	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(lockWait))
+	name := command(family)
+	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(lockWait), iptables.Path(name))
 	if errors.Is(err, exec.ErrNotFound) {
 		return nil, fmt.Errorf("the program %s is not here; install Debian's package iptables, or what holds it: %w",
-			family.Command(), exec.ErrNotFound)
+			name, exec.ErrNotFound)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("asking %s for its version: %w", family.Command(), err)
+		return nil, fmt.Errorf("asking %s for its version: %w", name, err)
 	}
-	version, err := exec.Command(family.Command(), "--version").Output()
+	version, err := exec.Command(name, "--version").Output()
 	if err != nil {
-		return nil, fmt.Errorf("asking %s for its version: %w", family.Command(), err)
+		return nil, fmt.Errorf("asking %s for its version: %w", name, err)
 	}
 	f.legacy = f.legacy || !strings.Contains(string(version), "nf_tables")
 	if f.tables == nil {
@@ -100,6 +105,34 @@ func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 	}
 	f.tables[family] = ipt
 	return ipt, nil
+}
+
+// command returns which iptables to start. There are two, and neither lists the other's rules (xtables-nft(8),
+// xtables-legacy(8)). It is the one in which the kubelet made its hint; without a hint, the one that the host or the
+// image calls iptables.
+func command(family masq.Family) string {
+	nft, legacy := family.Command()+"-nft", family.Command()+"-legacy"
+	switch {
+	case hinted(nft):
+		return nft
+	case hasLegacyMangle(family) && hinted(legacy): // to look for a chain would make the table
+		return legacy
+	}
+	return family.Command()
+}
+
+func hinted(command string) bool {
+	return exec.Command(command, "-w", strconv.Itoa(lockWait), "-t", "mangle", "-S", hint).Run() == nil
+}
+
+// hasLegacyMangle reports whether this network namespace has a table mangle of the older form.
+func hasLegacyMangle(family masq.Family) bool {
+	name := "/proc/thread-self/net/ip_tables_names"
+	if family == masq.IPv6 {
+		name = "/proc/thread-self/net/ip6_tables_names"
+	}
+	tables, err := os.ReadFile(name)
+	return err == nil && slices.Contains(strings.Fields(string(tables)), "mangle")
 }
 
 // ways lists our chains of one family with the kernel's chain that each is reached from.

@@ -313,24 +313,62 @@ func TestMissingIptablesIsNamed(t *testing.T) {
 	}
 }
 
-func TestLegacyIptables(t *testing.T) {
-	legacy := t.TempDir()
+// callIptables makes one form of iptables the one that the host calls iptables.
+func callIptables(t *testing.T, form string) {
+	t.Helper()
+	dir := t.TempDir()
 	for _, name := range []string{"iptables", "ip6tables"} {
-		real, err := exec.LookPath(name + "-legacy")
+		real, err := exec.LookPath(name + "-" + form)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.Symlink(real, filepath.Join(legacy, name)); err != nil {
+		if err := os.Symlink(real, filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	t.Setenv("PATH", legacy+":"+os.Getenv("PATH"))
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+}
+
+func TestLegacyIptables(t *testing.T) {
+	callIptables(t, "legacy")
 	h := newRealHost(t)
 	filterPass(t, h, dualStackFilter(t))
 	if !h.filter.legacy {
 		t.Error("not known to be of the older form")
 	}
 	filterPass(t, h, masq.Ruleset{})
+}
+
+// Rules in the other iptables than the kubelet's would come before or after kube-proxy's by chance, and nobody would
+// see them beside its.
+func TestKubeletsIptablesIsUsed(t *testing.T) {
+	for form, hosts := range map[string]string{"nft": "legacy", "legacy": "nft"} {
+		t.Run(form, func(t *testing.T) {
+			callIptables(t, hosts)
+			h := newRealHost(t)
+			for _, command := range []string{"iptables-" + form, "ip6tables-" + form} {
+				h.ns.Run(t, command+" -t mangle -N KUBE-IPTABLES-HINT")
+			}
+			filterPass(t, h, dualStackFilter(t))
+			for _, command := range []string{"iptables", "ip6tables"} {
+				if rules := h.ns.Run(t, command+"-"+form+" -S"); !strings.Contains(rules, "TWEED-") {
+					t.Errorf("%s-%s, which the kubelet uses, has no chain of ours:\n%s", command, form, rules)
+				}
+				if rules := h.ns.Run(t, command+"-"+hosts+" -S"); strings.Contains(rules, "TWEED-") {
+					t.Errorf("%s-%s, which it does not use, has chains of ours:\n%s", command, hosts, rules)
+				}
+			}
+		})
+	}
+}
+
+func TestLookingForTheKubeletsHintMakesNoTable(t *testing.T) {
+	callIptables(t, "nft")
+	h := newRealHost(t)
+	filterPass(t, h, dualStackFilter(t))
+	if tables := h.ns.Run(t, "cat /proc/thread-self/net/ip_tables_names"); tables != "" {
+		t.Errorf("tables of the older iptables: %s", tables)
+	}
 }
 
 // A rule that moved since it was counted must not go instead of another.
