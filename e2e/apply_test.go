@@ -26,6 +26,7 @@ var eighty80 = intstr.FromInt32(8080)
 func TestApply(t *testing.T) {
 	k := startKube(t, 3, cluster.HostOptions{ProxyMode: "iptables", PodCIDRs: []string{"10.244.0.0/16"}})
 	k.install(t, "-f", manifest)
+	k.step(t, "DaemonRests", k.daemonRests)
 	k.step(t, "OverlaysAreAccepted", k.overlaysAccepted)
 	k.step(t, "TwoContainersShareAVolume", k.twoContainers)
 	k.step(t, "PodsRunOnOneNodeAndOnTwo", k.kubectlRun)

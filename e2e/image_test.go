@@ -43,6 +43,7 @@ func TestImage(t *testing.T) {
 	})
 	t.Run("HoldsWhatIsNeededAndNoMore", func(t *testing.T) { whatImageHolds(t, files) })
 	t.Run("IptablesWorksInBothModes", func(t *testing.T) { iptablesOfImage(t, files) })
+	t.Run("NftWorks", func(t *testing.T) { runInImage(t, files, "/usr/sbin/nft", "--json", "list", "ruleset") })
 	t.Run("IsTheSameWhenBuiltElsewhere", func(t *testing.T) { imageBuiltElsewhere(t, path) })
 	t.Run("ProgramsCompileForArm64", programsForArm64)
 }
@@ -79,9 +80,10 @@ func whatImageHolds(t *testing.T, files string) {
 	expected := []*regexp.Regexp{}
 	for _, pattern := range []string{
 		`etc/protocols`, `lib`, `lib64`, `usr/bin/tweed`, `usr/lib/tweed/cni/(tweed-cni|bandwidth|loopback|portmap)`,
-		`usr/sbin/xtables-(nft|legacy)-multi`, `usr/sbin/ip6?tables(|-nft|-legacy)(|-save|-restore)`,
+		`usr/sbin/nft`, `usr/sbin/xtables-(nft|legacy)-multi`, `usr/sbin/ip6?tables(|-nft|-legacy)(|-save|-restore)`,
 		`usr/lib(64)?/([a-z0-9_-]+/)?ld-linux[a-z0-9_-]*\.so\.[0-9]+`,
 		`usr/lib/[a-z0-9_-]+/lib(c|ip4tc|ip6tc|m|mnl|netfilter_conntrack|nfnetlink|nftnl|xtables)\.so\.[0-9]+`,
+		`usr/lib/[a-z0-9_-]+/lib(bsd|edit|gmp|jansson|md|nftables|tinfo)\.so\.[0-9]+`, // nft's
 		`usr/lib/[a-z0-9_-]+/xtables/lib(xt|ipt|ip6t)_\w+\.so`,
 	} {
 		expected = append(expected, regexp.MustCompile("^"+pattern+"$"))

@@ -6,18 +6,32 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"tweed.dev/tweed/e2e/cluster"
 	"tweed.dev/tweed/e2e/world"
 )
 
-// TestRunIsKilled kills a run when its daemons have just started. Nothing may be left that lives.
+// TestRunIsKilled kills runs in the middle of their start. Nothing may be left: no process, and no cgroup.
 func TestRunIsKilled(t *testing.T) {
-	id := fmt.Sprintf("TWEED_E2E_KILLED=%d", os.Getpid())
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestCluster$/^$")
+	for _, c := range []struct {
+		run, when string
+	}{
+		{"^TestCluster$/^$", "daemons are started"},
+		{"^TestMistakes$/^$", "they have registered"},
+	} {
+		t.Run(c.when, func(t *testing.T) { kill(t, c.run, c.when) })
+	}
+}
+
+func kill(t *testing.T, run, when string) {
+	t.Helper()
+	id := fmt.Sprintf("TWEED_E2E_KILLED=%d-%d", os.Getpid(), time.Now().UnixNano())
+	cmd := exec.Command("/proc/self/exe", "-test.run="+run)
 	cmd.Env = append(world.Environ(), id)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	stderr, err := cmd.StderrPipe()
@@ -30,7 +44,7 @@ func TestRunIsKilled(t *testing.T) {
 	var said []string
 	for lines := bufio.NewScanner(stderr); lines.Scan(); {
 		said = append(said, lines.Text())
-		if strings.Contains(lines.Text(), "daemons are started") {
+		if strings.Contains(lines.Text(), when) {
 			break
 		}
 	}
@@ -38,20 +52,36 @@ func TestRunIsKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const atLeast = 2 + 2 + 3 // the run, outside and inside, the control plane and the daemons
-	if len(living) < atLeast {
-		t.Errorf("the run has %d processes before it is killed, want %d:\n%s\nit said\n%s", len(living), atLeast,
-			strings.Join(living, "\n"), strings.Join(said, "\n"))
+	if len(living) == 0 || len(cgroups(t)) == 0 {
+		t.Errorf("the run has %d processes and %d cgroups before it is killed; it said\n%s", len(living), len(cgroups(t)),
+			strings.Join(said, "\n"))
 	}
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	cmd.Wait()
-	cluster.Await(t, "the processes of the killed run to end", func() error {
+	cluster.Await(t, "the killed run to leave nothing", func() error {
 		living, err := world.Processes(id)
-		if err == nil && len(living) > 0 {
-			err = errors.New(strings.Join(living, "; "))
+		if left := append(living, cgroups(t)...); err == nil && len(left) > 0 {
+			err = errors.New(strings.Join(left, "; "))
 		}
 		return err
 	})
+}
+
+// cgroups lists those that runs have made below this one's own.
+func cgroups(t *testing.T) (dirs []string) {
+	t.Helper()
+	all, err := world.Controllers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range all {
+		below, err := filepath.Glob(c.Dir() + "/tweed-e2e-*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		dirs = append(dirs, below...)
+	}
+	return dirs
 }

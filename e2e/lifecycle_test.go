@@ -4,8 +4,8 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +18,9 @@ import (
 	"tweed.dev/tweed/e2e/image"
 	"tweed.dev/tweed/e2e/probe"
 )
+
+// conflist is what makes a node ready; it is on disk.
+const conflist = "/etc/cni/net.d/10-tweed.conflist"
 
 // startupTaint keeps pods off a node until its network is up.
 const startupTaint = "tweed.dev/not-ready"
@@ -118,6 +121,44 @@ func (k *kube) daemonIsTight(t *testing.T) {
 	}
 }
 
+// daemonRests measures what a daemon takes while nothing happens, and holds it to say nothing.
+func (k *kube) daemonRests(t *testing.T) {
+	const rest = 20 * time.Second
+	h := k.Host("n1")
+	pid := h.DaemonPID(t)
+	log := func() string { return k.Kubectl(t, "--namespace=tweed", "logs", k.daemonPods(t)["n1"].Name) }
+	said, before := log(), processorTime(t, pid)
+	time.Sleep(rest) // this is what is measured
+	used := processorTime(t, pid) - before
+	k.Progress("figure: the daemon at rest took %.2f %% of a core", 100*used.Seconds()/rest.Seconds())
+	if used > rest/20 {
+		t.Errorf("in %v of rest the daemon took %v of a core", rest, used)
+	}
+	if now := log(); now != said {
+		t.Errorf("the daemon logged while nothing happened:\n%s", strings.TrimPrefix(now, said))
+	}
+}
+
+// processorTime is what a process has used (proc_pid_stat(5)).
+func processorTime(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	var ticks int64
+	for _, field := range fields[11:13] { // utime and stime, the 14th and 15th
+		n, err := strconv.ParseInt(field, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ticks += n
+	}
+	const tick = time.Second / 100 // USER_HZ on every architecture that this runs on
+	return time.Duration(ticks) * tick
+}
+
 func (k *kube) hasNoShell(pod string) bool {
 	_, err := k.TryKubectl("--namespace=tweed", "exec", pod, "--", "sh", "-c", "true")
 	return err != nil
@@ -172,13 +213,20 @@ func (k *kube) daemonRolled(t *testing.T) {
 		k.Kubectl(t, "--namespace=tweed", "set", "image", "daemonset/tweed", "*="+next)
 		k.Kubectl(t, "--namespace=tweed", "rollout", "status", "daemonset/tweed", "--timeout=2m")
 		k.Progress("figure: rolled to a new image in %.1f s", time.Since(begun).Seconds())
-		k.awaitDaemons(t, func(p corev1.Pod) error {
-			if p.Spec.Containers[0].Image != next {
-				return fmt.Errorf("it runs %s", p.Spec.Containers[0].Image)
-			}
-			return nil
-		})
+		k.awaitDaemons(t, runs(next))
+		k.Kubectl(t, "--namespace=tweed", "rollout", "undo", "daemonset/tweed")
+		k.awaitDaemons(t, runs(image.Name+":"+build.Version))
 	})
+}
+
+// runs says which image a daemon runs if it is not that.
+func runs(image string) func(corev1.Pod) error {
+	return func(p corev1.Pod) error {
+		if has := p.Spec.Containers[0].Image; has != image {
+			return fmt.Errorf("it runs %s", has)
+		}
+		return nil
+	}
 }
 
 // answers checks that a pod on a host reaches a pod on another, and is reached.
@@ -236,9 +284,6 @@ func (k *kube) reboot(t *testing.T) {
 	subnet := k.annotation(t, h.Name, "tweed.dev/subnets")
 	begun := time.Now()
 	h.Reboot(t)
-	if _, err := os.Stat(filepath.Join(h.Dir, "disk-root/upper/etc/cni/net.d/10-tweed.conflist")); err != nil {
-		t.Logf("the conflist did not survive on disk: %v", err)
-	}
 	k.awaitDaemonAgain(t, h)
 	cluster.Await(t, h.Name+" to be ready", h.IsReady)
 	cluster.AwaitLong(t, "survivor to answer", 2*time.Minute, func() error {

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -20,6 +21,7 @@ func TestMistakes(t *testing.T) {
 	})
 	k.step(t, "NetworkIsNoPrefix", k.networkIsNoPrefix)
 	k.step(t, "NetworkIsAnother", k.networkIsAnother)
+	k.step(t, "CapabilityIsMissing", k.capabilityMissing)
 	k.step(t, "VXLANCannotBeMade", k.vxlanCannotBeMade)
 	k.step(t, "FlannelIsStillThere", k.flannelIsStillThere)
 	k.step(t, "AnotherCNIComesFirst", k.anotherCNI)
@@ -109,29 +111,48 @@ func (k *kube) rebootAll(t *testing.T) {
 	t.Helper()
 	k.Kubectl(t, "delete", "-f", manifest, "--ignore-not-found", "--timeout=2m")
 	for _, h := range k.Hosts {
-		h.Reboot(t)
-		if _, err := h.Run("rm", "-f", "/etc/cni/net.d/10-tweed.conflist"); err != nil {
-			t.Fatal(err)
-		}
+		h.Reboot(t, conflist)
 	}
 	for _, h := range k.Hosts {
 		cluster.Await(t, h.Name+" to be back without a network", func() error {
 			if h.IsReady() == nil {
 				return errStill
 			}
-			return h.AwaitDone("images", 0)
+			return h.IsDone("images")
 		})
 	}
 }
 
-// vxlanCannotBeMade takes from the daemons the capability that making a device needs.
-func (k *kube) vxlanCannotBeMade(t *testing.T) {
+func (k *kube) capabilityMissing(t *testing.T) {
 	k.rebootAll(t)
 	k.applyChanged(t, "- NET_ADMIN", "- NET_BIND_SERVICE")
-	k.logged(t, "tweed.1", "operation not permitted")
-	k.described(t, "n1", "tweed.1", "operation not permitted")
+	k.logged(t, "needs root or CAP_NET_ADMIN")
+	k.described(t, "n1", "CannotStart", "CAP_NET_ADMIN")
 	k.notReadyYet(t)
-	k.putRight(t)
+}
+
+// vxlanCannotBeMade has somebody else on a host listen at the tunnel's port, so that the kernel refuses the device.
+func (k *kube) vxlanCannotBeMade(t *testing.T) {
+	k.rebootAll(t)
+	h := k.Host("n1")
+	var other net.PacketConn
+	err := h.NetNS.Do(func() (err error) {
+		other, err = net.ListenPacket("udp4", ":8472")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	k.applyChanged(t)
+	k.logged(t, "tweed.1", "address already in use")
+	k.described(t, "n1", "KernelRefused", "tweed.1", "address already in use")
+	if h.IsReady() == nil {
+		t.Error("n1 is ready")
+	}
+	cluster.Await(t, "n2 to be ready all the same", k.Host("n2").IsReady)
+	other.Close() // no restart: the daemon tries again
+	cluster.Await(t, "n1 to be ready", h.IsReady)
 }
 
 func (k *kube) flannelIsStillThere(t *testing.T) {
@@ -201,8 +222,11 @@ func (k *kube) configMapDeleted(t *testing.T) {
 	old := k.daemonPods(t)["n1"]
 	k.Kubectl(t, "--namespace=tweed", "delete", "pod", old.Name)
 	cluster.Await(t, "a word about the ConfigMap", func() error {
-		out := k.Kubectl(t, "--namespace=tweed", "describe", "pods")
-		return contains(out, `configmap "tweed" not found`)
+		now, ok := k.daemonPods(t)["n1"]
+		if !ok || now.UID == old.UID {
+			return errStill
+		}
+		return contains(k.Kubectl(t, "--namespace=tweed", "describe", "pod", now.Name), `configmap "tweed" not found`)
 	})
 	k.answersIn(t, "n2", "n1")
 	k.applyChanged(t)

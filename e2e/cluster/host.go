@@ -2,7 +2,9 @@ package cluster
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -97,11 +99,17 @@ func (h *Host) SwitchOn(t testing.TB) {
 	}
 }
 
-// Reboot switches the host off and on: its memory and its network devices are new, its disk is as it was.
-func (h *Host) Reboot(t testing.TB) {
+// Reboot switches the host off and on: its memory and its network devices are new, its disk is as it was but for files
+// to be removed.
+func (h *Host) Reboot(t testing.TB, without ...string) {
 	t.Helper()
 	if err := h.PowerCut(); err != nil {
 		t.Fatalf("switching off %s: %v", h.Name, err)
+	}
+	for _, path := range without {
+		if err := os.Remove(h.OnDisk(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
 	}
 	h.cluster.underlay.Switch.Run(t, "ip link del "+h.Name) // the namespace alone would let go of it some time later
 	if err := h.NetNS.Remove(); err != nil {

@@ -53,9 +53,9 @@ func BuildAgain(ctx context.Context, source, version, out string) error {
 	return build(ctx, source, base, version, out)
 }
 
-// buildBase is what Debian's image holds in the registry, with iptables in it: the build then asks nobody.
+// buildBase is what Debian's image holds in the registry, with iptables and nft in it: the build then asks nobody.
 func buildBase(ctx context.Context, progress func(string, ...any)) (string, error) {
-	root := debian{Variant: "minbase", Packages: []string{"ca-certificates", "iptables"}}
+	root := debian{Variant: "minbase", Packages: []string{"ca-certificates", "iptables", "nftables"}}
 	settings := settings{Env: []string{
 		"PATH=/usr/local/go/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 		"GOPATH=/go", "GOPROXY=off", "GOTOOLCHAIN=local",
