@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,7 +15,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"tweed.dev/tweed/e2e/build"
 	"tweed.dev/tweed/e2e/cluster"
 )
 
@@ -32,6 +30,7 @@ type kube struct {
 
 	options cluster.HostOptions
 	begun   time.Time
+	stories int
 }
 
 // startKube brings up a control plane and hosts n1, n2, ... No pod network is there yet.
@@ -98,7 +97,8 @@ type story struct {
 
 func (k *kube) story(t *testing.T) *story {
 	t.Helper()
-	name := strings.ToLower(t.Name()[strings.LastIndexByte(t.Name(), '/')+1:])
+	k.stories++ // a namespace of that name may still be on its way out
+	name := fmt.Sprintf("%s-%d", strings.ToLower(t.Name()[strings.LastIndexByte(t.Name(), '/')+1:]), k.stories)
 	s := &story{k, t, name}
 	k.Kubectl(t, "create", "namespace", name)
 	t.Cleanup(func() {
@@ -250,40 +250,4 @@ func callerOf(t *testing.T, answer string) netip.Addr {
 	return seen.Addr().Unmap()
 }
 
-// underlayAddrs are those of all hosts.
-func (k *kube) underlayAddrs() (all []netip.Addr) {
-	for _, h := range k.Hosts {
-		all = append(all, h.Addrs[:]...)
-	}
-	return all
-}
-
-// daemonReport reads the daemon's report on a host, as one who is logged in there.
-func daemonReport(h *cluster.Host) (r cluster.Report, err error) {
-	text, err := fetch(h.NetNS, "http://127.0.0.1:9479/report", "")
-	if err != nil {
-		return r, err
-	}
-	return r, json.Unmarshal([]byte(text), &r)
-}
-
-// events returns the texts of a Node's events with that reason.
-func (k *kube) events(t *testing.T, node, reason string) (texts []string) {
-	t.Helper()
-	list, err := k.API.CoreV1().Events("default").List(t.Context(), metav1.ListOptions{
-		FieldSelector: "involvedObject.kind=Node,involvedObject.name=" + node,
-	})
-	if err != nil {
-		t.Fatalf("listing events: %v", err)
-	}
-	for _, e := range list.Items {
-		if reason == "" || e.Reason == reason {
-			texts = append(texts, e.Reason+": "+e.Message)
-		}
-	}
-	return texts
-}
-
 var errStill = errors.New("it is still there")
-
-var _ = build.Version

@@ -179,7 +179,8 @@ func (r *Reconciler) Declare(ctx context.Context) error {
 		if !sleep(ctx, wait) {
 			return nil
 		}
-		wait = min(2*wait, slow) // the next pass asks again
+		wait = min(2*wait, slow)
+		r.Ring() // whose pass asks again, if it is still wanted
 	}
 }
 

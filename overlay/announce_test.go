@@ -394,6 +394,37 @@ func TestUplinkIsLost(t *testing.T) {
 	})
 }
 
+func TestConvergedNodeLosesItsLease(t *testing.T) {
+	announced(t, func(n *node, b *board) {
+		n.cluster.set()
+		n.Ring()
+		after(5 * time.Second)
+		n.cluster.with(func(c *cluster) {
+			c.self.Addrs = append(c.self.Addrs, netip.MustParseAddr("10.1.2.3"))
+			c.published = nil
+		})
+		n.cluster.set()
+		n.Ring()
+		after(time.Minute)
+		rep := n.Report()
+		if rep.Ready() || !rep.Converged || b.look().network != "true NetworkHoldsNode" || !n.hasConflist() {
+			t.Errorf("the Node says %q, conflist %v, report %+v", b.look().network, n.hasConflist(), rep)
+		}
+	})
+}
+
+func TestAnswerToAWrittenLeaseIsLost(t *testing.T) {
+	n := newNode(t)
+	n.planner.SysctlRoot = sysctlsWithNetfilter(t)
+	n.cluster.set()
+	n.step(t)
+	why := "no answer in 10s"
+	n.unpublished.Store(&why)
+	if rep := n.step(t); len(rep.Problems) != 0 {
+		t.Errorf("the lease stands; problems %v", rep.Problems)
+	}
+}
+
 func TestMuchIsWrongAtOnce(t *testing.T) {
 	rep := Report{node: "n1"}
 	for i := range 20 {

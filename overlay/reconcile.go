@@ -169,10 +169,14 @@ func (r *Reconciler) tellPeers(plan Plan) {
 		case <-r.publish:
 		default:
 		}
+		if plan.Stale.NoLease {
+			r.published.Store(false)
+		}
 	case plan.Unpublished:
 		replace(r.publish, plan.Self)
 	default:
 		r.published.Store(true)
+		r.unpublished.Store(nil) // the answer to a write that was made can get lost
 	}
 }
 

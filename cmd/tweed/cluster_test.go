@@ -105,22 +105,30 @@ func TestStatusFromAnAdministratorsMachine(t *testing.T) {
 }
 
 func TestDaemonThatCannotRunTellsItsNode(t *testing.T) {
-	dir := t.TempDir()
-	file := filepath.Join(dir, "net-conf.json")
-	if err := os.WriteFile(file, []byte(`{"Network":"10.244.3.0/16"}`), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var told []string
-	kubeconfig := apiServer(t, func(method, path string, body []byte) (int, string) {
-		told = append(told, method+" "+path+" "+string(body))
-		return 201, `{"apiVersion":"v1","kind":"Event"}`
-	})
-	_, err := tweed(t, "run", "--kubeconfig", kubeconfig, "--node-name", "n1", "--net-conf", file, "--run-dir", dir)
-	if err == nil || !strings.Contains(err.Error(), "did you mean 10.244.0.0/16?") {
-		t.Errorf("it ends with %v", err)
-	}
-	if len(told) != 1 || !strings.HasPrefix(told[0], "POST /api/v1/namespaces/default/events ") ||
-		!strings.Contains(told[0], "ConfigInvalid") || !strings.Contains(told[0], "did you mean 10.244.0.0/16?") {
-		t.Errorf("it told %q", told)
+	for reason, c := range map[string]struct{ network, runDir, want string }{
+		"ConfigInvalid": {"10.244.3.0/16", ".", "did you mean 10.244.0.0/16?"},
+		"CannotStart":   {"10.244.0.0/16", "net-conf.json", "--run-dir names another"},
+	} {
+		t.Run(reason, func(t *testing.T) {
+			dir := t.TempDir()
+			file := filepath.Join(dir, "net-conf.json")
+			if err := os.WriteFile(file, []byte(`{"Network":"`+c.network+`"}`), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			var told []string
+			kubeconfig := apiServer(t, func(method, path string, body []byte) (int, string) {
+				told = append(told, method+" "+path+" "+string(body))
+				return 201, `{"apiVersion":"v1","kind":"Event"}`
+			})
+			_, err := tweed(t, "run", "--kubeconfig", kubeconfig, "--node-name", "n1", "--net-conf", file,
+				"--run-dir", filepath.Join(dir, c.runDir), "--cni-conf-dir", dir)
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("it ends with %v", err)
+			}
+			if len(told) != 1 || !strings.HasPrefix(told[0], "POST /api/v1/namespaces/default/events ") ||
+				!strings.Contains(told[0], reason) || !strings.Contains(told[0], c.want) {
+				t.Errorf("it told %q", told)
+			}
+		})
 	}
 }

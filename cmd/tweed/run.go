@@ -35,6 +35,18 @@ func (o *options) complain(ctx context.Context, log *slog.Logger, why error) {
 	}
 }
 
+// run is the daemon.
+func (o *options) run(ctx context.Context, log *slog.Logger, cniConfDir string) error {
+	p, done, err := o.planner(log, readWrite)
+	if err != nil {
+		return err
+	}
+	defer done()
+	r := overlay.NewReconciler(p, overlay.CNIConf{Dir: cniConfDir, RunDir: o.runDir}, version, log)
+	r.Announcer, _ = p.Publisher.(overlay.Announcer) // a directory has nowhere to announce anything
+	return r.Run(ctx)
+}
+
 func runCommand() *cobra.Command {
 	var o options
 	var cniConfDir string
@@ -55,15 +67,11 @@ connected. 127.0.0.1:9479 answers /healthz, /readyz and /report.`,
 				level = slog.LevelDebug
 			}
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level}))
-			p, done, err := o.planner(log, readWrite)
+			err := o.run(cmd.Context(), log, cniConfDir)
 			if err != nil {
 				o.complain(cmd.Context(), log, err)
-				return err
 			}
-			defer done()
-			r := overlay.NewReconciler(p, overlay.CNIConf{Dir: cniConfDir, RunDir: o.runDir}, version, log)
-			r.Announcer, _ = p.Publisher.(overlay.Announcer) // a directory has nowhere to announce anything
-			return r.Run(cmd.Context())
+			return err
 		},
 	}
 	o.addTo(cmd.Flags())

@@ -112,11 +112,11 @@ func (s *source) config(ctx context.Context, path string, asked bool) (cfg *over
 	if s.leases != "" {
 		return nil, fmt.Errorf("there is no %s", path), nil
 	}
-	rest, err := s.adminConfig()
+	server, err := s.adminConfig()
 	if err != nil {
 		return nil, nil, err
 	}
-	text, unknown := kube.NetConf(ctx, rest)
+	text, unknown := kube.NetConf(ctx, server)
 	if unknown != nil {
 		return nil, unknown, nil
 	}

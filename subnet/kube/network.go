@@ -80,13 +80,12 @@ func (s *Source) SetNetwork(ctx context.Context, up bool, reason, message string
 			s.node, want.status, want.reason, mostRounds, cmp.Or(have.network.by, "somebody"), have.network, truce)
 	}
 	return s.write(ctx, "set the condition NetworkUnavailable of", "nodes/status",
-		func(ctx context.Context, v version) error { return s.setCondition(ctx, v, want) })
+		func(ctx context.Context, v version) (version, error) { return s.setCondition(ctx, v, want) })
 }
 
-func (s *Source) setCondition(ctx context.Context, v version, want condition) error {
+func (s *Source) setCondition(ctx context.Context, v version, want condition) (version, error) {
 	if v.network.says(want) {
-		s.self.wrote(v)
-		return nil
+		return v, nil
 	}
 	now := metav1.Now()
 	want.since = now
@@ -101,17 +100,16 @@ func (s *Source) setCondition(ctx context.Context, v version, want condition) er
 		}}},
 	})
 	if err != nil {
-		return err
+		return v, err
 	}
 	n := &corev1.Node{}
 	err = s.core.Patch(types.StrategicMergePatchType).Resource("nodes").Name(s.node).SubResource("status").
 		VersionedParams(s.patchOptions(), s.params).Body(body).Do(ctx).Into(n)
 	if err != nil {
-		return err
+		return v, err
 	}
 	s.rival.wrote(v.uid, want, time.Now())
-	s.self.wrote(versionOf(n))
-	return nil
+	return versionOf(n), nil
 }
 
 const (

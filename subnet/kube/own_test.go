@@ -49,6 +49,20 @@ func TestWhatOthersWriteToOurNode(t *testing.T) {
 	}
 }
 
+func TestWatchIsAheadOfTheAnswerToAWrite(t *testing.T) {
+	v := func(resource string) version { return version{uid: "uid-1", resource: resource} }
+	o := own{version: v("1")}
+	o.wrote(v("1"), v("2"))
+	if have, _ := o.current(); have.resource != "2" {
+		t.Errorf("after a write, version %s is known", have.resource)
+	}
+	o.set(subnet.Node{}, nil, v("4"))
+	o.wrote(v("2"), v("3"))
+	if have, _ := o.current(); have.resource != "4" {
+		t.Errorf("a late answer put version %s in place of a newer one", have.resource)
+	}
+}
+
 func TestContestIsTakenUpAgain(t *testing.T) {
 	var c contest
 	now := time.Unix(1_800_000_000, 0)

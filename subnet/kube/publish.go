@@ -19,31 +19,30 @@ func (s *Source) Publish(ctx context.Context, leases []subnet.Lease) error {
 		}
 	}
 	want := Format(leases)
-	return s.write(ctx, "publish the lease of", "nodes", func(ctx context.Context, v version) error {
+	return s.write(ctx, "publish the lease of", "nodes", func(ctx context.Context, v version) (version, error) {
 		return s.annotate(ctx, v, want)
 	})
 }
 
 // annotate writes want to the Node at version v, unless it is there already.
-func (s *Source) annotate(ctx context.Context, v version, want map[string]string) error {
+func (s *Source) annotate(ctx context.Context, v version, want map[string]string) (version, error) {
 	diff := difference(v.annotations, want)
 	if len(diff) == 0 {
-		return nil
+		return v, nil
 	}
 	metadata := v.precondition()
 	metadata["annotations"] = diff
 	body, err := json.Marshal(map[string]any{"metadata": metadata})
 	if err != nil {
-		return err
+		return v, err
 	}
 	m, err := s.meta.Patch(ctx, s.node, types.MergePatchType, body, *s.patchOptions())
 	if err != nil {
-		return err
+		return v, err
 	}
 	// Of the rest nothing has changed since v, or the PATCH would have been refused.
 	v.uid, v.resource, v.annotations = m.UID, m.ResourceVersion, ours(m.Annotations)
-	s.self.wrote(v)
-	return nil
+	return v, nil
 }
 
 // difference is the part of a JSON merge patch (RFC 7396) that makes want of have: nil takes an annotation away.

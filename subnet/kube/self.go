@@ -58,12 +58,14 @@ func (o *own) current() (version, error) {
 	return o.version, nil
 }
 
-// wrote records the answer to a write. What follows from the object's spec and status is left to the watch, so that a
-// change in there still rings.
-func (o *own) wrote(v version) {
+// wrote records the answer to a write that was made when have was known, unless the watch has told of a newer version
+// since. What follows from the object's spec and status is left to the watch, so that a change in there still rings.
+func (o *own) wrote(have, v version) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.version = v
+	if o.version.uid == have.uid && o.version.resource == have.resource {
+		o.version = v
+	}
 }
 
 // set records the Node and reports whether what we read of it, or write to it, changed.

@@ -33,10 +33,9 @@ func (s *Source) Admit(ctx context.Context) error {
 
 // untaint removes the taint by its places: a patch that carried the other taints would lose what this version of the API
 // does not know of them.
-func (s *Source) untaint(ctx context.Context, v version) error {
+func (s *Source) untaint(ctx context.Context, v version) (version, error) {
 	if len(v.startup) == 0 {
-		s.self.wrote(v)
-		return nil
+		return v, nil
 	}
 	type op struct {
 		Op    string `json:"op"`
@@ -50,15 +49,14 @@ func (s *Source) untaint(ctx context.Context, v version) error {
 	}
 	body, err := json.Marshal(ops)
 	if err != nil {
-		return err
+		return v, err
 	}
 	n := &corev1.Node{}
 	err = s.core.Patch(types.JSONPatchType).Resource("nodes").Name(s.node).
 		VersionedParams(s.patchOptions(), s.params).Body(body).Do(ctx).Into(n)
 	if err != nil {
-		return err
+		return v, err
 	}
 	s.log.Info("startup taint removed", "node", s.node, "taint", StartupTaint)
-	s.self.wrote(versionOf(n))
-	return nil
+	return versionOf(n), nil
 }

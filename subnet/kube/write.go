@@ -17,22 +17,31 @@ const manager = "tweed"
 // writeTimeout bounds one write with all that belongs to it.
 const writeTimeout = 10 * time.Second
 
+// A change makes one PATCH of a Node at that version, unless it is as wanted already, and returns the version after it.
+type change func(context.Context, version) (version, error)
+
 // write changes this node's Node as change says, and once more where the Node was not any more what it was made for.
 // what says what is done, for people; resource is that of RBAC.
-func (s *Source) write(ctx context.Context, what, resource string, change func(context.Context, version) error) error {
+func (s *Source) write(ctx context.Context, what, resource string, change change) error {
 	have, err := s.self.current()
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(s.quiet(ctx), writeTimeout)
 	defer cancel()
-	if err = change(ctx, have); isStale(err) {
+	after, err := change(ctx, have)
+	if isStale(err) {
 		n := &corev1.Node{}
 		if err = s.core.Get().Resource("nodes").Name(s.node).Do(ctx).Into(n); err == nil {
-			err = change(ctx, versionOf(n))
+			have, _ = s.self.current() // another write may have been answered meanwhile
+			after, err = change(ctx, versionOf(n))
 		}
 	}
-	return s.explainWrite(what, resource, err)
+	if err != nil {
+		return s.explainWrite(what, resource, err)
+	}
+	s.self.wrote(have, after)
+	return nil
 }
 
 // isStale reports whether the object that a PATCH was made for is not the one that the server has: 409 for an older
@@ -41,8 +50,6 @@ func isStale(err error) bool { return apierrors.IsConflict(err) || apierrors.IsI
 
 func (s *Source) explainWrite(what, resource string, err error) error {
 	switch {
-	case err == nil:
-		return nil
 	case apierrors.IsNotFound(err):
 		return s.missing()
 	case apierrors.IsConflict(err):
