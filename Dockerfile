@@ -23,14 +23,16 @@ RUN set -eu; \
         go build -ldflags "$theirs" -o /out/lib/tweed/cni/ $plugins/plugins/$plugin; \
     done
 
-# iptables in both modes, the libraries that it is linked with, and all its modules: it cannot print a chain in which
-# somebody else's rule needs a module that is missing.
+# iptables in both modes, nft for portmap's rules on nodes with nft alone, the libraries that they are linked with, and
+# all of iptables' modules: it cannot print a chain in which somebody else's rule needs a module that is missing.
 FROM ${BASE_IMAGE} AS files
-RUN command -v iptables-legacy || { apt-get update && apt-get install -y --no-install-recommends iptables; }
+RUN { command -v iptables-legacy && command -v nft; } || \
+    { apt-get update && apt-get install -y --no-install-recommends iptables nftables; }
 RUN set -eu; \
     put() { for f; do d=$(realpath "$(dirname "$f")"); mkdir -p "/out$d"; cp -L "$f" "/out$d"; done; }; \
     modules=$(dirname "$(find /usr/lib -name libxt_comment.so)"); \
-    set -- /usr/sbin/xtables-nft-multi /usr/sbin/xtables-legacy-multi "$modules"/libxt_*.so "$modules"/libip*.so; \
+    set -- /usr/sbin/xtables-nft-multi /usr/sbin/xtables-legacy-multi /usr/sbin/nft \
+        "$modules"/libxt_*.so "$modules"/libip*.so; \
     put "$@" $(ldd "$@" | grep -o '/[^ :]* (0x' | cut -d ' ' -f 1 | sort -u) /etc/protocols; \
     for name in iptables ip6tables; do \
         for use in '' -save -restore; do \

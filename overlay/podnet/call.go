@@ -26,6 +26,10 @@ func callIn(ctx context.Context, runDir, path string) caller {
 		if err != nil {
 			return nil, err
 		}
+		if d.Backend == nftables && !onPath("nft") { // portmap's DEL would do nothing, and be content
+			return nil, fmt.Errorf("%s: its rules are nft's, and the program nft is not in %s: install Debian's package "+
+				"nftables, or what holds it", file, os.Getenv("PATH"))
+		}
 		conf, err := json.Marshal(d)
 		if err != nil {
 			return nil, err
@@ -94,23 +98,23 @@ func (d delegation) hint() string {
 	return ""
 }
 
+// nftables is portmap's word for rules that are not iptables'.
+const nftables = "nftables"
+
 // portmapBackend is what portmap would choose by itself on a host with nft alone. Said, it is written down, and so the
 // rules are taken from there also by a caller that has both.
 func portmapBackend() string {
 	if !onPath("iptables") && onPath("nft") {
-		return "nftables"
+		return nftables
 	}
 	return ""
 }
 
-// legacyIptables reports whether iptables is here, and is the one that keeps its rules apart from nft's.
+// legacyIptables reports whether iptables is here, and is the one that keeps its rules apart from nft's. It is asked:
+// it may be a script that chooses.
 func legacyIptables() bool {
-	file, err := exec.LookPath("iptables")
-	if err == nil {
-		file, err = filepath.EvalSymlinks(file)
-	}
-	name := filepath.Base(file)
-	return err == nil && (strings.Contains(name, "legacy") || name == "xtables-multi")
+	version, err := exec.Command("iptables", "--version").Output()
+	return err == nil && !bytes.Contains(version, []byte("nf_tables"))
 }
 
 // preferLegacy makes a directory where iptables is the older one. The daemon's image has both, whatever the host has.

@@ -283,7 +283,7 @@ func TestPodIsNotLimited(t *testing.T) {
 	n.wantNoDelegates("DEL")
 }
 
-// fakes makes a directory of plugins, each a shell script.
+// fakes makes a directory of programs, each a shell script.
 func fakes(t *testing.T, scripts map[string]string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -691,6 +691,11 @@ func TestHostHasNftAlone(t *testing.T) {
 		t.Errorf("rules: %s", out)
 	}
 	n.Run(t, "ip link del "+vethName("one", "eth0"))
+	t.Setenv("PATH", "/run/none")
+	if err := n.sweep(pluginDir(t)); err == nil || !strings.Contains(err.Error(), "nft is not in /run/none") {
+		t.Errorf("sweep without nft: %v", err)
+	}
+	t.Setenv("PATH", path)
 	if err := n.sweep(pluginDir(t)); err != nil { // with iptables at hand
 		t.Error(err)
 	}
@@ -701,12 +706,10 @@ func TestHostHasNftAlone(t *testing.T) {
 }
 
 func TestHostHasTheOlderIptables(t *testing.T) {
-	dir := t.TempDir()
-	for _, name := range []string{"iptables", "ip6tables"} {
-		if err := os.Symlink("/usr/sbin/"+name+"-legacy", filepath.Join(dir, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
+	dir := fakes(t, map[string]string{ // as some hosts have them: scripts that choose
+		"iptables":  `exec /usr/sbin/iptables-legacy "$@"`,
+		"ip6tables": `exec /usr/sbin/ip6tables-legacy "$@"`,
+	})
 	n := newNode(t, subnet4, subnet6)
 	a := n.wishing("one", netnstest.New(t), webAndDNS())
 	path := os.Getenv("PATH")
