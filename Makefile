@@ -1,7 +1,10 @@
 # Run as root: tests and the lab make network namespaces.
 
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unreleased)
-GOFLAGS_BUILD := -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+
+# Programs, tests and the image are compiled in one way, so that each package is compiled once.
+export CGO_ENABLED := 0
+build unit lint: export GOFLAGS := -trimpath
 
 # What tests and the lab call, by the names of Debian's packages.
 PACKAGES := buildah busybox-static ca-certificates containerd containernetworking-plugins crun curl ethtool gcc iproute2 \
@@ -12,7 +15,7 @@ PACKAGES := buildah busybox-static ca-certificates containerd containernetworkin
 all: build
 
 build: ## bin/tweed and bin/tweed-cni
-	CGO_ENABLED=0 go build $(GOFLAGS_BUILD) -o bin/ ./cmd/tweed ./cmd/tweed-cni
+	go build -ldflags "-s -w -X main.version=$(VERSION)" -o bin/ ./cmd/tweed ./cmd/tweed-cni
 
 test: packages build unit e2e ## everything that proves this checkout
 
@@ -20,13 +23,13 @@ unit: ## unit, property, script and kernel tests
 	go mod download # tests run where there is no network
 	go vet ./...
 	go test -timeout 15m ./...
-	cd manifests && CGO_ENABLED=0 go vet ./... && CGO_ENABLED=0 go test ./...
+	cd manifests && go vet ./... && go test ./...
 
 e2e: ## a real API server, and nodes in network namespaces
-	cd e2e && CGO_ENABLED=0 go vet ./... && CGO_ENABLED=0 go test -timeout 75m -v .
+	cd e2e && go vet ./... && go test -count=1 -timeout 75m -v .
 
 conformance: packages ## Kubernetes' own network tests, all that can run here; writes docs/conformance.md
-	cd e2e && CGO_ENABLED=0 go test -timeout 120m -v -run '^TestConformance' . -args -wide
+	cd e2e && go test -count=1 -timeout 120m -v -run '^TestConformance' . -args -wide
 
 manifests: ## what is made from manifests/base: tweed.yaml and the chart's template
 	cd manifests && go run .

@@ -102,8 +102,8 @@ func All(moduleDir string, progress func(format string, args ...any)) (Programs,
 	ours := filepath.Dir(moduleDir)
 	progress("building tweed and tweed-cni")
 	for _, g := range []goal{
-		{p.Tweed, ours, []string{"build"}, "./cmd/tweed"},
-		{p.TweedCNI, ours, []string{"build"}, "./cmd/tweed-cni"},
+		{p.Tweed, ours, []string{"build", "-trimpath"}, "./cmd/tweed"},
+		{p.TweedCNI, ours, []string{"build", "-trimpath"}, "./cmd/tweed-cni"},
 	} {
 		if err := g.build(); err != nil {
 			return Programs{}, err
