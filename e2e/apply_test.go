@@ -14,12 +14,9 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"tweed.dev/tweed/e2e/cluster"
 )
-
-var eighty80 = intstr.FromInt32(8080)
 
 // TestApply applies the manifest to a cluster without a pod network, and then uses the cluster. Its steps go in order;
 // -run TestApply/Name takes some of them.
@@ -176,7 +173,7 @@ func (k *kube) clusterIP(t *testing.T) {
 	s := k.story(t)
 	policy := corev1.IPFamilyPolicyPreferDualStack
 	svc := s.expose("front", "back", func(svc *corev1.Service) { svc.Spec.IPFamilyPolicy = &policy })
-	back := s.server("back", "n1")
+	s.server("back", "n1")
 	s.server("near", "n1")
 	s.server("far", "n2")
 	if len(svc.Spec.ClusterIPs) < len(k.options.PodCIDRs) {
@@ -199,7 +196,6 @@ func (k *kube) clusterIP(t *testing.T) {
 			}
 		}
 	}
-	_ = back
 	for _, name := range []string{"front", "front." + s.namespace, "front." + s.namespace + ".svc.cluster.local"} {
 		if got := s.get("far", "http://"+name+"/hostname"); got != "back" {
 			t.Errorf("by the name %s the service answers %q", name, got)

@@ -50,6 +50,7 @@ type apiServer struct {
 	stale   int            // how many PATCHes are answered with 409, whatever they say
 	hung    chan struct{}  // PATCHes of status are not answered before it is closed
 	patches []string
+	amended int
 	told    map[string]*corev1.Event
 	maps    map[string]map[string]string // ConfigMaps of namespace tweed
 	server  *httptest.Server
@@ -372,8 +373,15 @@ func (a *apiServer) amend(v view, name string, meant identity, change func(*core
 		a.t.Error(err)
 	}
 	a.nodes[name] = n
+	a.amended++
 	a.record(watch.Modified, n)
 	v.write(v.one(n))
+}
+
+// writes counts the PATCHes of Nodes that had an effect. One that meets a newer Node has none, and is made again.
+func (a *apiServer) writes() (n int) {
+	a.with(func() { n = a.amended })
+	return n
 }
 
 func (a *apiServer) patch(v view, name string) {
