@@ -3,8 +3,6 @@ package build
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,8 +12,7 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"tweed.dev/tweed/e2e/cache"
 	"tweed.dev/tweed/e2e/image"
 )
 
@@ -42,46 +39,29 @@ var kubeNames = []string{
 	"kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler", "kubectl", "kubelet",
 }
 
-// unused is how long a build of Kubernetes that no run has asked for is kept.
-const unused = 30 * 24 * time.Hour
-
 // All builds everything: tweed below moduleDir, the directory of the e2e module, Kubernetes and etcd in the user's cache
 // directory, for all checkouts. They are linked again only when the Go version or go.sum changed: Go's own build cache
 // keeps what is compiled, which takes twenty minutes, but not what is linked, which takes one.
 func All(moduleDir string, progress func(format string, args ...any)) (Programs, error) {
-	user, err := os.UserCacheDir()
-	if err != nil {
-		return Programs{}, err
-	}
-	bin, cache := filepath.Join(moduleDir, ".bin"), filepath.Join(user, "tweed-e2e")
-	key, err := cacheKey(moduleDir)
-	if err != nil {
-		return Programs{}, err
-	}
-	for _, dir := range []string{bin, filepath.Join(cache, key)} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return Programs{}, err
-		}
-	}
-	unlock, err := lock(filepath.Join(cache, "lock"))
+	dir, unlock, err := kubernetesDir(moduleDir)
 	if err != nil {
 		return Programs{}, err
 	}
 	defer unlock()
-	at := func(name string) string { return filepath.Join(cache, key, name) }
+	bin := filepath.Join(moduleDir, ".bin")
+	at := func(name string) string { return filepath.Join(dir, name) }
 	p := Programs{
 		Etcd: at("etcd"), Kubernetes: at("kubernetes"), Suite: at("e2e.test"), Ginkgo: at("ginkgo"),
 		Tweed: filepath.Join(bin, "tweed"), TweedCNI: filepath.Join(bin, "tweed-cni"),
 	}
-	if err := dropUnused(cache, key); err != nil {
-		return Programs{}, err
-	}
-	version, err := goOutput(moduleDir, "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
+	version, err := cache.Go(moduleDir, "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
 	if err != nil {
 		return Programs{}, err
 	}
-	if err := os.MkdirAll(p.Kubernetes, 0o755); err != nil {
-		return Programs{}, err
+	for _, d := range []string{bin, p.Kubernetes} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return Programs{}, err
+		}
 	}
 	const small = "-s -w"
 	for _, g := range []goal{
@@ -149,62 +129,28 @@ func (g goal) build() error {
 	return os.Rename(g.out+".new", g.out)
 }
 
-func cacheKey(moduleDir string) (string, error) {
-	sums, err := os.ReadFile(filepath.Join(moduleDir, "go.sum"))
-	if err != nil {
-		return "", err
+// kubernetesDir is where the programs for this go.sum and this Go are kept. Nobody else writes there until unlock.
+func kubernetesDir(moduleDir string) (dir string, unlock func(), err error) {
+	sum, err := cache.GoSum(moduleDir, "GOVERSION", "GOARCH")
+	if err == nil {
+		err = sum.AddFile(filepath.Join(moduleDir, "go.sum"))
 	}
-	toolchain, err := goOutput(moduleDir, "env", "GOVERSION", "GOARCH")
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
-	sum := sha256.Sum256(append(sums, toolchain...))
-	return "k8s-" + hex.EncodeToString(sum[:6]), nil
-}
-
-// dropUnused removes old builds from the cache, and marks this one as used.
-func dropUnused(cache, key string) error {
+	if dir, err = cache.Dir("k8s-" + sum.Key()); err != nil {
+		return "", nil, err
+	}
+	if unlock, err = cache.Lock(filepath.Join(filepath.Dir(dir), "lock")); err != nil {
+		return "", nil, err
+	}
 	now := time.Now()
-	if err := os.Chtimes(filepath.Join(cache, key), now, now); err != nil {
-		return err
+	if err = os.Chtimes(dir, now, now); err == nil {
+		err = cache.Drop(filepath.Join(filepath.Dir(dir), "k8s-*"), cache.Unused)
 	}
-	dirs, err := filepath.Glob(filepath.Join(cache, "k8s-*"))
 	if err != nil {
-		return err
+		unlock()
+		return "", nil, err
 	}
-	for _, d := range dirs {
-		info, err := os.Stat(d)
-		if err != nil {
-			return err
-		}
-		if now.Sub(info.ModTime()) < unused {
-			continue
-		}
-		if err := os.RemoveAll(d); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func goOutput(dir string, args ...string) (string, error) {
-	cmd := exec.Command("go", args...)
-	cmd.Dir = dir
-	b, err := cmd.Output()
-	if err != nil {
-		return "", fmt.Errorf("go %s in %s: %w", strings.Join(args, " "), dir, err)
-	}
-	return strings.TrimSpace(string(b)), nil
-}
-
-func lock(path string) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("locking %s: %w", path, err)
-	}
-	return func() { f.Close() }, nil
+	return dir, unlock, nil
 }

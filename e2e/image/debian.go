@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"strings"
+
+	"tweed.dev/tweed/e2e/cache"
 )
 
 //go:embed debian.sh
@@ -24,15 +26,15 @@ func (d debian) key(more ...any) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	sum := newSum()
+	sum := cache.NewSum()
 	fmt.Fprintln(sum, debianScript)
-	if err := sum.addJSON(append(more, d)); err != nil {
+	if err := sum.AddJSON(append(more, d)); err != nil {
 		return "", err
 	}
-	if err := sum.addFile(sources); err != nil {
+	if err := sum.AddFile(sources); err != nil {
 		return "", err
 	}
-	return sum.key(), nil
+	return sum.Key(), nil
 }
 
 func (d debian) write(ctx context.Context, out string) error {

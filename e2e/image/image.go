@@ -14,6 +14,8 @@ import (
 	"runtime"
 	"strings"
 	"time"
+
+	"tweed.dev/tweed/e2e/cache"
 )
 
 // Name is what tweed's image is called, before the colon.
@@ -38,7 +40,7 @@ func Build(ctx context.Context, source, version string, progress func(format str
 	if err != nil {
 		return "", err
 	}
-	return once("tweed", key, ourLife, func(out string) error {
+	return cache.Once("tweed", key, ourLife, func(out string) error {
 		progress("building the image %s:%s", Name, version)
 		return build(ctx, source, base, version, out)
 	})
@@ -64,7 +66,7 @@ func buildBase(ctx context.Context, progress func(string, ...any)) (string, erro
 	if err != nil {
 		return "", err
 	}
-	return once("base", key, unused, func(out string) error {
+	return cache.Once("base", key, cache.Unused, func(out string) error {
 		progress("building the base image from Debian's packages (a minute the first time)")
 		return beside(out, func(dir string) error {
 			files := filepath.Join(dir, "root.tar")
@@ -78,10 +80,10 @@ func buildBase(ctx context.Context, progress func(string, ...any)) (string, erro
 }
 
 func build(ctx context.Context, source, base, version, out string) error {
-	if _, err := goOutput(source, "mod", "download"); err != nil { // the build itself gets no network
+	if _, err := cache.Go(source, "mod", "download"); err != nil { // the build itself gets no network
 		return err
 	}
-	dirs, err := goOutput(source, "env", "GOROOT", "GOMODCACHE", "GOCACHE")
+	dirs, err := cache.Go(source, "env", "GOROOT", "GOMODCACHE", "GOCACHE")
 	if err != nil {
 		return err
 	}
@@ -100,7 +102,7 @@ func build(ctx context.Context, source, base, version, out string) error {
 
 // sourceKey stands for all that the image is made from.
 func sourceKey(source, base, version string) (string, error) {
-	sum, err := goSum(source, "GOVERSION", "GOARCH")
+	sum, err := cache.GoSum(source, "GOVERSION", "GOARCH")
 	if err != nil {
 		return "", err
 	}
@@ -114,13 +116,13 @@ func sourceKey(source, base, version string) (string, error) {
 			if err != nil || !d.Type().IsRegular() || strings.HasSuffix(path, "_test.go") {
 				return err
 			}
-			return sum.addFile(path)
+			return sum.AddFile(path)
 		})
 		if err != nil {
 			return "", err
 		}
 	}
-	return sum.key(), nil
+	return sum.Key(), nil
 }
 
 // contextPaths lists what .dockerignore lets through.

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"tweed.dev/tweed/e2e/cache"
 )
 
 // What the tests' own pods call the images that TestImages makes, and a container runtime its pause image.
@@ -78,7 +80,7 @@ func TestImages(
 	if err != nil {
 		return "", err
 	}
-	return once("tests", key, unused, func(out string) error {
+	return cache.Once("tests", key, cache.Unused, func(out string) error {
 		progress("building the images of the tests' pods (minutes the first time)")
 		return beside(out, func(dir string) error {
 			k := kitchen{moduleDir: moduleDir, dir: dir, layers: map[string]string{"debian": root}}
@@ -93,7 +95,7 @@ func buildTestRoot(ctx context.Context, progress func(string, ...any)) (string, 
 	if err != nil {
 		return "", err
 	}
-	return once("testroot", key, unused, func(out string) error {
+	return cache.Once("testroot", key, cache.Unused, func(out string) error {
 		progress("building the root of the tests' pods from Debian's packages (a minute the first time)")
 		return root.write(ctx, out)
 	})
@@ -126,7 +128,7 @@ func upstreamNames(ctx context.Context, suite string) (map[string][]string, erro
 
 // testsKey stands for all that the images are made from.
 func testsKey(moduleDir, root string, names map[string][]string) (string, error) {
-	sum, err := goSum(moduleDir, "GOVERSION", "GOARCH")
+	sum, err := cache.GoSum(moduleDir, "GOVERSION", "GOARCH")
 	if err != nil {
 		return "", err
 	}
@@ -135,14 +137,14 @@ func testsKey(moduleDir, root string, names map[string][]string) (string, error)
 		filepath.Join(moduleDir, "coredns/main.go"), busybox,
 	}
 	for _, path := range files {
-		if err := sum.addFile(path); err != nil {
+		if err := sum.AddFile(path); err != nil {
 			return "", err
 		}
 	}
-	if err := sum.addJSON([]any{filepath.Base(root), recipes(), names}); err != nil {
+	if err := sum.AddJSON([]any{filepath.Base(root), recipes(), names}); err != nil {
 		return "", err
 	}
-	return sum.key(), nil
+	return sum.Key(), nil
 }
 
 // busybox is the program of Debian's package busybox-static.
@@ -205,7 +207,7 @@ func (k kitchen) agnhost(ctx context.Context, program string) ([]entry, error) {
 	if err := goBuild(ctx, k.moduleDir, source, program); err != nil {
 		return nil, err
 	}
-	dir, err := goOutput(k.moduleDir, "list", "-f", "{{.Dir}}", source)
+	dir, err := cache.Go(k.moduleDir, "list", "-f", "{{.Dir}}", source)
 	if err != nil {
 		return nil, err
 	}
@@ -236,7 +238,7 @@ func busyboxEntries(ctx context.Context) ([]entry, error) {
 
 // compilePause follows Kubernetes' build/pause/Makefile.
 func (k kitchen) compilePause(ctx context.Context, program string) error {
-	dir, err := goOutput(k.moduleDir, "list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes")
+	dir, err := cache.Go(k.moduleDir, "list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes")
 	if err != nil {
 		return err
 	}
