@@ -63,7 +63,7 @@ func TestApplyDualStack(t *testing.T) {
 // install applies the manifest, and nothing else, and waits for every node to be ready. Then it adds the cluster's DNS.
 func (k *kube) install(t *testing.T, how ...string) {
 	t.Helper()
-	defer k.explain(t)
+	defer explain(t, k)
 	for _, h := range k.Hosts {
 		if err := h.IsReady(); err == nil {
 			t.Errorf("%s is ready without a pod network", h.Name)

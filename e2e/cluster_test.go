@@ -45,20 +45,10 @@ func TestCluster(t *testing.T) {
 	s.step(t, "PodsLeaveNothing", s.podsLeaveNothing)
 }
 
-func (s *suite) step(t *testing.T, name string, f func(*testing.T)) {
-	t.Run(name, func(t *testing.T) {
-		s.Progress("%s", name)
-		defer s.explain(t)
-		f(t)
-	})
-}
+func (s *suite) step(t *testing.T, name string, f func(*testing.T)) { step(t, s, name, f) }
 
-// explain prints what a person would look at, if t failed.
-func (s *suite) explain(t *testing.T) {
-	if !t.Failed() {
-		return
-	}
-	s.Progress("%s FAILED", t.Name())
+// Dump prints what a person would look at.
+func (s *suite) Dump(t testing.TB) {
 	for _, n := range s.Nodes {
 		n.Dump(t)
 	}
@@ -67,7 +57,7 @@ func (s *suite) explain(t *testing.T) {
 // bringUp makes the nodes and the pods, and ends the test unless everything is there.
 func (s *suite) bringUp(t *testing.T) {
 	t.Helper()
-	defer s.explain(t)
+	defer explain(t, s)
 	for i := 1; i <= 3; i++ {
 		s.nodes = append(s.nodes, s.AddNode(t, fmt.Sprintf("n%d", i), podCIDRs(i)...))
 	}

@@ -76,3 +76,27 @@ func programs(t testing.TB) (p build.Programs) {
 	}
 	return p
 }
+
+// A stage is what the steps of a test share.
+type stage interface {
+	Progress(format string, args ...any)
+	// Dump prints what a person would look at.
+	Dump(testing.TB)
+}
+
+// step runs one step of a test, which leaves the stage as it was.
+func step(t *testing.T, s stage, name string, f func(*testing.T)) {
+	t.Run(name, func(t *testing.T) {
+		s.Progress("%s", name)
+		defer explain(t, s)
+		f(t)
+	})
+}
+
+// explain prints what a person would look at, if t failed.
+func explain(t *testing.T, s stage) {
+	if t.Failed() {
+		s.Progress("%s FAILED", t.Name())
+		s.Dump(t)
+	}
+}

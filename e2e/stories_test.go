@@ -71,22 +71,7 @@ func (k *kube) awaitReady(t *testing.T) {
 	}
 }
 
-func (k *kube) step(t *testing.T, name string, f func(*testing.T)) {
-	t.Run(name, func(t *testing.T) {
-		k.Progress("%s", name)
-		defer k.explain(t)
-		f(t)
-	})
-}
-
-// explain prints what a person would look at, if t failed.
-func (k *kube) explain(t *testing.T) {
-	if !t.Failed() {
-		return
-	}
-	k.Progress("%s FAILED", t.Name())
-	k.Dump(t)
-}
+func (k *kube) step(t *testing.T, name string, f func(*testing.T)) { step(t, k, name, f) }
 
 // A story is a namespace for what one test does; it goes with the test.
 type story struct {
