@@ -12,13 +12,10 @@ import (
 	"tweed.dev/tweed/e2e/cache"
 )
 
-// What the tests' own pods call the images that TestImages makes, and a container runtime its pause image.
+// The tests' own pods call each image that TestImages makes localhost/NAME:e2e.
 const (
-	Agnhost = "localhost/agnhost:e2e"
-	Busybox = "localhost/busybox:e2e"
-	CoreDNS = "localhost/coredns:e2e"
-	Nginx   = "localhost/nginx:e2e"
-	Pause   = "localhost/pause:e2e"
+	Pause   = "localhost/pause:e2e" // what a container runtime begins every pod with
+	coreDNS = "localhost/coredns:e2e"
 )
 
 // upstreamFolder is where upstream's suite expects images that are made for it.
@@ -117,7 +114,7 @@ func upstreamNames(ctx context.Context, suite string) (map[string][]string, erro
 	}
 	for _, r := range recipes() {
 		ours := "localhost/" + r.Name + ":e2e"
-		if len(names[r.Name]) == 0 && ours != CoreDNS {
+		if len(names[r.Name]) == 0 && ours != coreDNS {
 			return nil, fmt.Errorf("%s --list-images names no %s: the recipe for it is out of date", suite, r.Name)
 		}
 		names[r.Name] = append(names[r.Name], ours)

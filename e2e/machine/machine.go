@@ -113,9 +113,6 @@ func (m *Machine) Boot() error {
 	return nil
 }
 
-// On reports whether the machine runs.
-func (m *Machine) On() bool { return m.init != nil }
-
 // PowerCut ends everything that runs on the machine at once.
 func (m *Machine) PowerCut() error {
 	if m.init == nil {

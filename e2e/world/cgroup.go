@@ -20,7 +20,7 @@ import (
 // CgroupRoot is where the controllers of cgroup version 1 are mounted in a run, each in a directory of its name.
 const CgroupRoot = "/sys/fs/cgroup"
 
-// cgroupVariable names the cgroup of a run: in the run for itself, and in its janitor.
+// Both name the cgroup of a run: the first in the run itself, the second in its janitor.
 const (
 	cgroupVariable  = "TWEED_E2E_CGROUP"
 	janitorVariable = "TWEED_E2E_JANITOR"
