@@ -34,8 +34,6 @@ type Planner struct {
 	Leases    Leases
 	Publisher Publisher
 	Kernel    Kernel
-	// Leased is set where subnets are leased by tweed itself, and so are of the configured length.
-	Leased bool
 	// RunDir is where the plugin records what it handed out.
 	RunDir string
 	// SysctlRoot is where the host's /proc/sys is found.
@@ -203,7 +201,7 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 		NoTxChecksum: p.Config.Backend.ChecksumOffload == "off", Underlay: family(in.uplink.Local),
 	}
 	d.self = own(in, vx.Data())
-	rules := subnet.Rules{Network: p.Config.Network, ExactLength: p.Leased, Judge: vx.Judge}
+	rules := subnet.Rules{Network: p.Config.Network, ExactLength: in.node.Leased, Judge: vx.Judge}
 	peers := d.settle(in.node.Name, rules, list.Leases)
 
 	d.info = podnet.NodeInfo{
@@ -255,6 +253,7 @@ func (d *desired) warn(in inputs) {
 	problem := func(kind, format string, args ...any) {
 		d.problems = append(d.problems, subnet.Problem{Node: in.node.Name, Kind: kind, Text: fmt.Sprintf(format, args...)})
 	}
+	d.problems = append(d.problems, in.node.Problems...)
 	for _, n := range d.info.Networks {
 		if !slices.ContainsFunc(in.node.Subnets, n.Overlaps) {
 			problem(subnet.KindLease, "this node has no subnet of %s; its pods get no address of that family", n)

@@ -82,6 +82,12 @@ type Node struct {
 	// Addrs are the addresses that the cluster knows the node by, most preferred first; none on a machine without a
 	// cluster.
 	Addrs []netip.Addr
+	// HostOverride is published in place of the node's own address of its family, for a node behind NAT; invalid for none.
+	HostOverride netip.Addr
 	// Since is when the node joined the cluster.
 	Since time.Time
+	// Leased is set where nodes lease their subnets themselves, so that these are of the configured length.
+	Leased bool
+	// Problems is what is wrong with what the node is told; none keeps it from working.
+	Problems []Problem
 }

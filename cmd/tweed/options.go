@@ -81,7 +81,7 @@ func (o *options) planner(log *slog.Logger, a access) (p *overlay.Planner, done 
 	if err != nil {
 		return nil, nil, configError{err}
 	}
-	leases, leased, err := o.store(cfg, log, a)
+	leases, err := o.store(cfg, log, a)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -91,39 +91,37 @@ func (o *options) planner(log *slog.Logger, a access) (p *overlay.Planner, done 
 	}
 	return &overlay.Planner{
 		Config: cfg, Iface: o.iface, Leases: leases, Publisher: leases, Kernel: kern,
-		Leased: leased, RunDir: o.runDir, SysctlRoot: o.sysctlRoot,
+		RunDir: o.runDir, SysctlRoot: o.sysctlRoot,
 	}, func() { kern.Close() }, nil
 }
 
-// store opens the leases. leased is set where nodes lease their subnets themselves.
-func (o *options) store(cfg overlay.Config, log *slog.Logger, a access) (s store, leased bool, err error) {
+// store opens the leases.
+func (o *options) store(cfg overlay.Config, log *slog.Logger, a access) (store, error) {
 	dir := o.leases
 	if o.singleNode {
 		if dir != "" || o.kubeconfig != "" {
-			return nil, false, errors.New("--single-node is for a machine of its own: give neither --leases nor --kubeconfig")
+			return nil, errors.New("--single-node is for a machine of its own: give neither --leases nor --kubeconfig")
 		}
 		dir = singleNodeStore
 	}
 	if dir != "" {
 		name, err := o.hostName()
 		if err != nil {
-			return nil, false, err
+			return nil, err
 		}
-		s, err = openDirectory(dir, name, cfg, log, a)
-		return s, true, err
+		return openDirectory(dir, name, cfg, log, a)
 	}
 	restConfig, err := o.restConfig()
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	name := o.nodeName()
 	if name == "" {
-		return nil, false, errors.New("which Node this is must be said: --node-name, or NODE_NAME in the environment " +
+		return nil, errors.New("which Node this is must be said: --node-name, or NODE_NAME in the environment " +
 			"(spec.nodeName by the downward API)")
 	}
 	klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // what matters of it, kube says itself, and once
-	k, err := kube.New(restConfig, name, log)
-	return k, false, err
+	return kube.New(restConfig, name, log)
 }
 
 func openDirectory(dir, name string, cfg overlay.Config, log *slog.Logger, a access) (store, error) {

@@ -222,7 +222,7 @@ func (d *Directory) recorded(entries []entry) (subnet.Node, error) {
 				"network in net-conf.json, or delete %s and have another subnet leased", d.node, s, d.describe(), path)
 		}
 	}
-	return subnet.Node{Name: d.node, Subnets: subnets, Since: e.file.Since}, nil
+	return subnet.Node{Name: d.node, Subnets: subnets, Since: e.file.Since, Leased: true}, nil
 }
 
 func (d *Directory) describe() string {
