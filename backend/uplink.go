@@ -8,10 +8,13 @@ type Uplink struct {
 	Devs []string
 	// Local is the address that encapsulated packets leave from and arrive at.
 	Local netip.Addr
-	// Addrs are the addresses that this node publishes: Local, then, if any, one of the other family.
+	// Addrs are the addresses that this node publishes: Local, or what stands for it where there is a NAT in front;
+	// then, if any, one of the other family.
 	Addrs []netip.Addr
 	// MTU is the smallest of the interfaces', in bytes.
 	MTU int
+	// Routed is set where Local is on a Stub, so that routing has to choose among Devs for each packet.
+	Routed bool
 }
 
 // An Interface is a network device of this host as far as the choice of an uplink needs to know it.
@@ -23,4 +26,12 @@ type Interface struct {
 	Addrs []netip.Prefix // global addresses with their prefix lengths, in the kernel's order
 	// Default4 and Default6 report whether the default route of the family leaves here.
 	Default4, Default6 bool
+	// Stub is set for lo and dummy devices: their addresses are the host's, and packets from these leave elsewhere.
+	Stub bool
+}
+
+// A Path is how a packet leaves this host. The zero Path is none.
+type Path struct {
+	Dev string     // lo for a packet to the host itself
+	Src netip.Addr // source that the kernel would give it
 }

@@ -29,6 +29,7 @@ type host interface {
 	ObserveFilter(context.Context, masq.Ruleset) (masq.Ruleset, error)
 	Interfaces(context.Context) ([]backend.Interface, error)
 	RouterAdvertised(context.Context) ([]string, error)
+	RouteTo(context.Context, netip.Addr) (backend.Path, error)
 	Watch(context.Context, func(string) bool, func()) error
 
 	// What others at the host do:
@@ -197,6 +198,7 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"OnDownLinkNoRoute", askDownLink},
 		{"EventsRing", askEvents},
 		{"InterfacesAreListed", askInterfaces},
+		{"RouteIsLookedUp", askRouteTo},
 		{"FilterIsKept", askFilter},
 	} {
 		t.Run(question.name, func(t *testing.T) { question.ask(t, newHost(t)) })
@@ -613,7 +615,7 @@ func askInterfaces(t *testing.T, h host) {
 			t.Errorf("%s is not said to be ours", name)
 		}
 	}
-	if lo := byName["lo"]; lo.Name == "" || lo.Ours || len(lo.Addrs) > 0 {
+	if lo := byName["lo"]; lo.Name == "" || lo.Ours || !lo.Stub || eth0.Stub || len(lo.Addrs) > 0 {
 		t.Errorf("lo: %+v", lo)
 	}
 	if devs, err := h.RouterAdvertised(t.Context()); err != nil || len(devs) > 0 {

@@ -36,7 +36,7 @@ type bell struct {
 
 // NewFake makes a host that has nothing but lo.
 func NewFake() *Fake {
-	lo := backend.Interface{Name: "lo", MTU: 65536, Up: true}
+	lo := backend.Interface{Name: "lo", MTU: 65536, Up: true, Stub: true}
 	return &Fake{
 		own: emptyState(), others: emptyState(), bells: map[*bell]bool{},
 		uplinks: map[string]backend.Interface{lo.Name: lo},

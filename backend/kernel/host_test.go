@@ -84,6 +84,11 @@ func (h *realHost) RouterAdvertised(ctx context.Context) (devs []string, err err
 	return devs, err
 }
 
+func (h *realHost) RouteTo(ctx context.Context, to netip.Addr) (path backend.Path, err error) {
+	h.ns.Do(h.t, func() { path, err = h.Kernel.RouteTo(ctx, to) })
+	return path, err
+}
+
 func (h *realHost) Watch(ctx context.Context, uplink func(string) bool, ring func()) (err error) {
 	h.ns.Do(h.t, func() { err = h.Kernel.Watch(ctx, uplink, ring) })
 	return err

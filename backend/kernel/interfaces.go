@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,7 +15,7 @@ import (
 	"tweed.dev/tweed/backend"
 )
 
-// Interfaces lists this host's network devices in the kernel's order, for the choice of an uplink. Addresses that
+// Interfaces lists this host's network devices in the order of their indexes, for the choice of an uplink. Addresses that
 // should not be used any more, or that change by themselves (RFC 8981), are left out.
 func (k *Kernel) Interfaces(ctx context.Context) ([]backend.Interface, error) {
 	if err := ctx.Err(); err != nil {
@@ -36,11 +37,13 @@ func (k *Kernel) Interfaces(ctx context.Context) ([]backend.Interface, error) {
 	if err != nil {
 		return nil, err
 	}
+	slices.SortFunc(links, func(a, b link) int { return cmp.Compare(a.index, b.index) })
 	var out []backend.Interface
 	for _, l := range links {
 		out = append(out, backend.Interface{
 			Name: l.name, MTU: l.mtu, Up: l.up, Ours: l.group == backend.Owner, Addrs: addrs[l.index],
 			Default4: slices.Contains(default4, l.index), Default6: slices.Contains(default6, l.index),
+			Stub: l.name == "lo" || l.is("dummy"),
 		})
 	}
 	return out, nil

@@ -113,8 +113,9 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 
 func (c Config) link(dev string, up backend.Uplink) backend.Link {
 	v := backend.VXLAN{VNI: c.VNI, Port: c.Port, Local: up.Local, NoTxChecksum: c.NoTxChecksum}
-	// With the address on lo, or several uplinks, routing has to choose where a packet leaves.
-	if len(up.Devs) == 1 && up.Devs[0] != "lo" {
+	// With the address on lo, or several uplinks, routing has to choose where a packet leaves. It stays so when one of them
+	// goes: a device that stands on the other would go with that.
+	if len(up.Devs) == 1 && !up.Routed {
 		v.Dev = up.Devs[0]
 	}
 	return backend.Link{Name: dev, Type: backend.KindVXLAN, MAC: MAC(c.Node), MTU: c.DeviceMTU(up), Up: true, VXLAN: v}

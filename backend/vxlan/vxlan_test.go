@@ -74,7 +74,7 @@ node-7: ip route add 10.244.7.0/24 via 10.244.7.0 dev tweed.16777215 onlink prot
 	}, {
 		name:   "address on lo, no lease yet",
 		config: config("node-3", 4),
-		up:     backend.Uplink{Devs: []string{"lo"}, Local: netip.MustParseAddr("192.0.2.11"), MTU: 1500},
+		up:     backend.Uplink{Devs: []string{"eth1"}, Routed: true, Local: netip.MustParseAddr("192.0.2.11"), MTU: 1500},
 		want: `ip link add tweed.1 group 116 address 46:ee:d0:cd:28:c6 mtu 1450 up type vxlan id 1 dstport 8472 ` +
 			`local 192.0.2.11 nolearning
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0`,
@@ -238,17 +238,26 @@ func TestMTULeavesRoom(t *testing.T) {
 	}
 }
 
+// Whatever a lease says, it is read or refused in few words that name the key; and Judge, which has a short way for
+// what is written as this node writes it, agrees.
 func FuzzParseData(f *testing.F) {
 	f.Add([]byte(`{"vni":1,"port":8472,"mac":"0e:6b:2c:01:02:03"}`))
 	f.Add([]byte(`{"vni":1,"port":8472,"mac":"0e-6b-2c-01-02-03","x":{}}`))
+	f.Add([]byte(`{"vni":1,"port":8472,"mac":"01:00:5e:00:00:01"}`))
 	f.Add([]byte(`{"vni":1e0}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		d, err := vxlan.ParseData(raw)
+		l := lease("node-7", "10.244.7.0/24", "192.0.2.17")
+		l.Data = raw
+		identity, judged := config("node-3", 4).Judge(l)
 		if err != nil {
-			if len(err.Error()) > 600 || slices.ContainsFunc([]byte(err.Error()), func(b byte) bool { return b < ' ' }) {
-				t.Fatalf("unfit to print: %q", err)
+			if !fitToPrint(err) || judged == nil || !fitToPrint(judged) {
+				t.Fatalf("unfit to print: %q, judged %v", err, judged)
 			}
 			return
+		}
+		if here := d.VNI == 1 && d.Port == 8472; here != (judged == nil) || here && identity != d.MAC.String() {
+			t.Fatalf("%+v is judged %q, %v", d, identity, judged)
 		}
 		text, err := json.Marshal(d)
 		if err != nil {
@@ -258,6 +267,14 @@ func FuzzParseData(f *testing.F) {
 			t.Fatalf("%s became %+v, %v", text, again, err)
 		}
 	})
+}
+
+// fitToPrint reports whether an error about Data is one short line that names a key or wants an object.
+func fitToPrint(err error) bool {
+	text := err.Error()
+	names := func(what string) bool { return strings.Contains(text, what) }
+	return len(text) < 500 && !slices.ContainsFunc([]byte(text), func(b byte) bool { return b < ' ' }) &&
+		slices.ContainsFunc([]string{`"vni"`, `"port"`, `"mac"`, "is not a JSON object"}, names)
 }
 
 // cluster makes the leases of dual-stack nodes.

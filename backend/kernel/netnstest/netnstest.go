@@ -4,6 +4,7 @@
 package netnstest
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,7 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const inside = "TWEED_NETNSTEST_INSIDE"
+const (
+	inside  = "TWEED_NETNSTEST_INSIDE"
+	settled = "settled" // its value once mounts are in place
+)
 
 // Main runs a package's tests in a process with network, mount and process namespaces of its own, where /run is empty
 // and /sys shows that network namespace. So a goroutine that strays from its test's namespace cannot reach the host's,
@@ -25,8 +29,12 @@ func Main(m *testing.M) { os.Exit(Run(m.Run)) }
 // Run is Main for a TestMain that has more to do. It returns the status to exit with; tests is the m.Run of TestMain,
 // and is called only inside.
 func Run(tests func() int) int {
-	if os.Getenv(inside) != "" {
-		if err := settle(); err != nil {
+	switch os.Getenv(inside) {
+	case "":
+	case settled: // a worker of go test -fuzz, started in here
+		return tests()
+	default:
+		if err := errors.Join(settle(), os.Setenv(inside, settled)); err != nil {
 			fmt.Fprintln(os.Stderr, "netnstest:", err)
 			return 1
 		}

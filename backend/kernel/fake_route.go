@@ -1,0 +1,71 @@
+package kernel
+
+import (
+	"context"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"tweed.dev/tweed/backend"
+)
+
+// RouteTo is as in Kernel. Besides the routes that were made there are those to the links of interfaces, and the default
+// ones that the interfaces tell of.
+func (f *Fake) RouteTo(ctx context.Context, addr netip.Addr) (backend.Path, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.local(addr) {
+		return backend.Path{Dev: "lo", Src: addr}, ctx.Err()
+	}
+	var best backend.Route
+	for _, r := range f.routes() {
+		if _, up := f.link(r.Dev); !up || r.Table != backend.MainTable || !r.Dst.Contains(addr) {
+			continue
+		}
+		if best.Dev == "" || r.Dst.Bits() > best.Dst.Bits() || r.Dst.Bits() == best.Dst.Bits() && r.Metric < best.Metric {
+			best = r
+		}
+	}
+	path := backend.Path{Dev: best.Dev, Src: best.Src}
+	if !path.Src.IsValid() && path.Dev != "" {
+		path.Src = f.sourceOn(best.Dev, addr)
+	}
+	return path, ctx.Err()
+}
+
+// routes lists all routes, those of other people first.
+func (f *Fake) routes() []backend.Route {
+	all := slices.Collect(maps.Values(f.others.Routes))
+	for _, name := range slices.Sorted(maps.Keys(f.uplinks)) {
+		i := f.uplinks[name]
+		add := func(dst netip.Prefix) {
+			all = append(all, backend.Route{
+				RouteKey: backend.RouteKey{Table: backend.MainTable, Dst: dst.Masked()}, Dev: name})
+		}
+		for _, p := range i.Addrs {
+			add(p)
+		}
+		if i.Default4 {
+			add(netip.PrefixFrom(netip.IPv4Unspecified(), 0))
+		}
+		if i.Default6 {
+			add(netip.PrefixFrom(netip.IPv6Unspecified(), 0))
+		}
+	}
+	return slices.AppendSeq(all, maps.Values(f.own.Routes))
+}
+
+// sourceOn is the first address on dev of the family of addr.
+func (f *Fake) sourceOn(dev string, addr netip.Addr) netip.Addr {
+	for _, p := range f.uplinks[dev].Addrs {
+		if family(p.Addr()) == family(addr) {
+			return p.Addr()
+		}
+	}
+	for k := range f.own.Addrs {
+		if k.Dev == dev && family(k.Prefix.Addr()) == family(addr) {
+			return k.Prefix.Addr()
+		}
+	}
+	return netip.Addr{}
+}
