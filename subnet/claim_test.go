@@ -2,6 +2,7 @@ package subnet
 
 import (
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -36,6 +37,10 @@ func FuzzParseClaim(f *testing.F) {
 	f.Fuzz(func(t *testing.T, s string) {
 		c, err := ParseClaim(s)
 		if err != nil {
+			if text := err.Error(); len(text) > 400 ||
+				strings.ContainsFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) {
+				t.Errorf("unfit to print: %q", text)
+			}
 			return
 		}
 		if c.String() != s {

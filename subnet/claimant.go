@@ -22,6 +22,9 @@ import (
 // So no two nodes get one subnet: of two that want it, the one that writes its claim second lists after both writes and
 // sees the first. That holds because the claim stands from before the list until the lease replaces it, since every
 // write names the version that it was made for. Claims do not expire.
+//
+// What it chooses is, if possible, what all nodes with a lease accept. That only guides the choice, and not for ever: a
+// node that never accepts more delays the others, and does not stop them.
 type Claimant struct {
 	node    string
 	network Network
@@ -35,6 +38,7 @@ type memory struct {
 	remembered []netip.Prefix
 	tries      int     // claims asked for
 	crowded    int     // lists in a row in which only claims were in the way
+	unaccepted int     // lists in which all that was free is what some node does not accept yet
 	lost       bool    // the claim goes because of a rival
 	asked      attempt // whose fresh list was asked for
 	clear      attempt // whose fresh list showed no rival
@@ -46,6 +50,12 @@ type attempt struct{ uid, claim string }
 // patience is how many lists in a row may show that claims take all that is free before that is said: most claims are
 // gone soon.
 const patience = 5
+
+// A subnet that not all accept is taken after so many lists in which no other was free, with such pauses between them.
+const (
+	acceptPause = 5 * time.Second
+	acceptLists = int(AcceptPatience / acceptPause)
+)
 
 // Pauses are drawn from zero to the first, which doubles with each try up to the last.
 const (
@@ -158,7 +168,11 @@ func (c *Claimant) choose(own Standing, ranges []Range, all Listing) Step {
 	taken := slices.Concat(c.others(all, leased), c.others(all, claimed))
 	claim := Claim{Nonce: c.nonce}
 	for _, r := range ranges {
-		s, ok := c.pick(r, taken)
+		avoid, why := c.avoid(r, taken, all)
+		if why != "" {
+			return Wait{acceptPause, why}
+		}
+		s, ok := c.pick(r, slices.Concat(taken, avoid))
 		if !ok {
 			return c.exhausted(r, all)
 		}
@@ -169,10 +183,33 @@ func (c *Claimant) choose(own Standing, ranges []Range, all Listing) Step {
 	return PatchClaim{claim, own.Version}
 }
 
+// avoid says what of r is not to be chosen as long as some node does not accept it. Where only that is free, why says
+// what is better waited for; "" if it has been for long enough.
+func (c *Claimant) avoid(r Range, taken []netip.Prefix, all Listing) (parts []netip.Prefix, why string) {
+	parts, by := all.Unaccepted(r, c.node)
+	if _, ok := c.remembers(r, taken); ok || len(parts) == 0 {
+		return nil, ""
+	}
+	if len(r.gaps(slices.Concat(taken, parts))) > 0 {
+		return parts, ""
+	}
+	if len(r.gaps(taken)) == 0 || c.unaccepted == acceptLists {
+		return nil, ""
+	}
+	c.unaccepted++
+	return nil, NotAccepted(r, by)
+}
+
+// remembers returns the remembered subnet of r, if it is free.
+func (c *Claimant) remembers(r Range, taken []netip.Prefix) (netip.Prefix, bool) {
+	s, ok := within(r, c.remembered)
+	return s, ok && r.Check(s) == nil && !slices.ContainsFunc(taken, s.Overlaps)
+}
+
 // pick chooses a subnet of r that overlaps none of taken: the remembered one, else the first time one that follows from
 // the node's name, so that a node mostly gets back what it had, and then a random one.
 func (c *Claimant) pick(r Range, taken []netip.Prefix) (netip.Prefix, bool) {
-	if s, ok := within(r, c.remembered); ok && r.Check(s) == nil && !slices.ContainsFunc(taken, s.Overlaps) {
+	if s, ok := c.remembers(r, taken); ok {
 		return s, true
 	}
 	if c.tries == 0 {

@@ -156,7 +156,7 @@ func (v viewer) step(b []byte, s Step) []byte {
 func (v viewer) memory(b []byte, x *memory) []byte {
 	b = appendSubnets(b, x.remembered)
 	b = strconv.AppendBool(strconv.AppendBool(b, x.tries > 0), x.lost)
-	b = strconv.AppendInt(b, int64(x.crowded), 10)
+	b = strconv.AppendInt(append(strconv.AppendInt(b, int64(x.crowded), 10), ' '), int64(x.unaccepted), 10)
 	for _, a := range []attempt{x.asked, x.clear} {
 		switch {
 		case v.exact():
@@ -377,6 +377,7 @@ func TestNodesLeaseAtTheSameMoment(t *testing.T) {
 		{"two daemons of one node and a timeout", model{subnets: 2, hosts: []int{0, 0, 1}, timeouts: 1}, doneIn},
 		{"too few subnets and a timeout", model{subnets: 2, hosts: three, timeouts: 1}, settledIn},
 		{"two families", model{subnets: 2, dual: true, hosts: two, crashes: 1, timeouts: 1}, doneIn},
+		{"a subnet that not all nodes accept", model{subnets: 2, hosts: two, timeouts: 1, accepts: "10.0.0.0/24"}, doneIn},
 		{"everything", model{subnets: 2, hosts: two, crashes: 1, timeouts: 1, deletions: 1, touches: 1}, doneIn},
 	} {
 		t.Run(c.name, func(t *testing.T) {

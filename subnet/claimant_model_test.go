@@ -15,9 +15,10 @@ import (
 // Misfortunes are counted, or there would be no end: crashes with a restart, writes whose answer does not come (they
 // land at any later time, or never), deletions of a Node (it comes back), and writes of others to a Node.
 type model struct {
-	subnets int   // how many there are to be leased of each family
-	dual    bool  // there are two families
-	hosts   []int // which node each daemon is on
+	subnets int    // how many there are to be leased of each family
+	dual    bool   // there are two families
+	accepts string // what every node publishes as its network
+	hosts   []int  // which node each daemon is on
 
 	crashes, timeouts, deletions, touches int8
 
@@ -124,7 +125,8 @@ func (m *model) start(t *testing.T) world {
 
 func (m *model) create(w *world, n int) {
 	w.births[n]++
-	w.nodes[n] = Standing{Node: names[n], Version: Version{fmt.Sprintf("%s-%d", names[n], w.births[n]), "1"}}
+	w.nodes[n] = Standing{Node: names[n], Version: Version{fmt.Sprintf("%s-%d", names[n], w.births[n]), "1"},
+		Network: m.accepts}
 }
 
 func (m *model) boot(w *world, i int) {

@@ -32,7 +32,7 @@ func claimantOf(t testing.TB, network Network, remembered ...netip.Prefix) *Clai
 	return c
 }
 
-// standingOf reads "node@version [subnets=...] [claim=.../nonce]"; the Node is created that many hours after 1970.
+// standingOf reads "node@version [subnets=...] [network=...] [claim=.../nonce]"; the Node is created that many hours after 1970.
 func standingOf(line string, hours int) Standing {
 	f := strings.Fields(line)
 	name, version, _ := strings.Cut(f[0], "@")
@@ -41,6 +41,8 @@ func standingOf(line string, hours int) Standing {
 		switch key, value, _ := strings.Cut(kv, "="); key {
 		case "subnets":
 			s.Subnets = value
+		case "network":
+			s.Network = value
 		case "claim":
 			i := strings.LastIndex(value, "/")
 			s.Claim = value[:i] + " " + value[i+1:]

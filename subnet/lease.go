@@ -15,28 +15,31 @@ import (
 // A Lease is one node's claim to one pod subnet. It has one address family; a dual-stack node holds two.
 type Lease struct {
 	// Node is the name of the node that holds the lease.
-	Node string
+	Node string `json:"node"`
 	// Subnet holds the addresses of the node's pods, masked.
-	Subnet netip.Prefix
+	Subnet netip.Prefix `json:"subnet"`
 	// Host is where encapsulated packets for the node go. Its family is that of the underlay, not of Subnet.
-	Host netip.Addr
+	Host netip.Addr `json:"host"`
 	// NodeAddrs are the node's own published addresses, at most one a family; Host is among them.
-	NodeAddrs []netip.Addr
+	NodeAddrs []netip.Addr `json:"nodeAddrs"`
 	// Sources are further addresses that the node's encapsulated packets may come from.
-	Sources []netip.Addr
+	Sources []netip.Addr `json:"sources,omitempty"`
+	// Accepts are the pod networks in which the node accepts other nodes' leases, at most one a family. None is that of
+	// a daemon which does not say so yet: it accepts them all.
+	Accepts []netip.Prefix `json:"accepts,omitempty"`
 	// Backend names how packets reach the node: "vxlan".
-	Backend string
+	Backend string `json:"backend"`
 	// Data is what that backend needs to know to reach it, in the backend's own JSON.
-	Data json.RawMessage
+	Data json.RawMessage `json:"backendData"`
 	// Since is when the node joined the cluster. Of two leases that exclude each other the older one stands.
-	Since time.Time
+	Since time.Time `json:"since"`
 }
 
 // Equal reports whether l and m claim the same thing in the same words.
 func (l Lease) Equal(m Lease) bool {
 	return l.Node == m.Node && l.Subnet == m.Subnet && l.Host == m.Host &&
 		slices.Equal(l.NodeAddrs, m.NodeAddrs) && slices.Equal(l.Sources, m.Sources) &&
-		l.Backend == m.Backend && bytes.Equal(l.Data, m.Data) && l.Since.Equal(m.Since)
+		slices.Equal(l.Accepts, m.Accepts) && l.Backend == m.Backend && bytes.Equal(l.Data, m.Data) && l.Since.Equal(m.Since)
 }
 
 // A Problem is one node's fault, or one thing that is wrong on this node. It never keeps other peers waiting.
@@ -58,6 +61,7 @@ const (
 	KindKernel     = "kernel"     // the kernel refused an operation, or lacks something
 	KindPublish    = "publish"    // this node's lease could not be written
 	KindPods       = "pods"       // something on this node keeps pods from working
+	KindConfig     = "config"     // this node's configuration has changed, and cannot come into force
 )
 
 func (p Problem) String() string { return p.Node + ": " + p.Text }

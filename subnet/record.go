@@ -20,6 +20,7 @@ type Record struct {
 	Host    string // 192.0.2.13,2001:db8::13: the tunnel endpoint, then, if any, one address of the other family
 	Backend string // vxlan
 	Data    string // a JSON object that the backend understands
+	Network string // 10.244.0.0/16,fd00:10:244::/48: where the node accepts others' leases, at most one a family
 	Sources string // 192.0.2.99,...: further addresses that encapsulated packets come from; set by an operator
 }
 
@@ -29,6 +30,7 @@ const (
 	FieldHost    = "host"
 	FieldBackend = "backend"
 	FieldData    = "backend-data"
+	FieldNetwork = "network"
 	FieldSources = "sources"
 )
 
@@ -38,6 +40,7 @@ const (
 	maxHost    = 128
 	maxBackend = 63
 	maxData    = 4096
+	maxNetwork = 128
 	maxSources = 1024
 )
 
@@ -48,7 +51,7 @@ func RecordOf(leases []Lease) Record {
 		return Record{}
 	}
 	l := leases[0]
-	r := Record{Backend: l.Backend, Data: string(l.Data)}
+	r := Record{Backend: l.Backend, Data: string(l.Data), Network: join(l.Accepts)}
 	var subnets []netip.Prefix
 	for _, l := range leases {
 		subnets = append(subnets, l.Subnet)
@@ -69,7 +72,7 @@ func RecordOf(leases []Lease) Record {
 }
 
 // Leases reads what node published, where says in: "annotation tweed.dev/". Each field that cannot be read is one
-// Problem. With one of them bad there are no leases, except for Sources, without which they stand.
+// Problem. With one of them bad there are no leases, except for Network and Sources, without which they stand.
 func (r Record) Leases(node string, since time.Time, where string) ([]Lease, []Problem) {
 	var problems []Problem
 	blame := func(field, consequence string, err error) {
@@ -87,6 +90,8 @@ func (r Record) Leases(node string, since time.Time, where string) ([]Lease, []P
 	data, err := parseData(r.Data)
 	blame(FieldData, unreachable, err)
 	broken := len(problems) > 0
+	accepts, err := parseNetwork(r.Network)
+	blame(FieldNetwork, fmt.Sprintf("it counts as missing until tweed on %s writes it again", node), err)
 	sources, err := parseSources(r.Sources)
 	blame(FieldSources, "packets from these addresses are not accepted until an operator corrects it", err)
 	if broken {
@@ -96,34 +101,50 @@ func (r Record) Leases(node string, since time.Time, where string) ([]Lease, []P
 	for _, s := range subnets {
 		leases = append(leases, Lease{
 			Node: node, Subnet: s, Host: hosts[0], NodeAddrs: hosts, Sources: sources,
-			Backend: r.Backend, Data: data, Since: since,
+			Accepts: accepts, Backend: r.Backend, Data: data, Since: since,
 		})
 	}
 	return leases, problems
 }
 
+// FormatSubnets writes the field Subnets.
+func FormatSubnets(subnets []netip.Prefix) string { return join(subnets) }
+
 // ParseSubnets reads the field Subnets.
 func (r Record) ParseSubnets() ([]netip.Prefix, error) { return parseSubnets(r.Subnets) }
 
+// parseNetwork reads the field Network. Those of older daemons lack it.
+func parseNetwork(s string) ([]netip.Prefix, error) {
+	if s == "" {
+		return nil, nil
+	}
+	return parsePrefixes(s, "pod network", "10.244.0.0/16", maxNetwork)
+}
+
 func parseSubnets(s string) ([]netip.Prefix, error) {
-	if err := checkLength(s, maxSubnets); err != nil {
+	return parsePrefixes(s, "subnet", "10.244.3.0/24", maxSubnets)
+}
+
+// parsePrefixes reads a list of what is called name, such as example: at most one of an address family.
+func parsePrefixes(s, name, example string, limit int) ([]netip.Prefix, error) {
+	if err := checkLength(s, limit); err != nil {
 		return nil, err
 	}
-	var subnets []netip.Prefix
+	var prefixes []netip.Prefix
 	for text := range strings.SplitSeq(s, ",") {
 		p, err := netip.ParsePrefix(text)
 		switch {
 		case err != nil || p.Addr().Is4In6():
-			return nil, fmt.Errorf("%s is not a subnet such as 10.244.3.0/24", Quote(text))
+			return nil, fmt.Errorf("%s is not a %s such as %s", Quote(text), name, example)
 		case p.Masked().String() != text:
-			return nil, fmt.Errorf("%s is not a subnet in its usual form; did you mean %s", Quote(text), p.Masked())
+			return nil, fmt.Errorf("%s is not a %s in its usual form; did you mean %s", Quote(text), name, p.Masked())
 		}
-		if slices.ContainsFunc(subnets, func(q netip.Prefix) bool { return sameFamily(p.Addr(), q.Addr()) }) {
-			return nil, fmt.Errorf("%s has two subnets of one address family; at most one is possible", Quote(s))
+		if slices.ContainsFunc(prefixes, func(q netip.Prefix) bool { return sameFamily(p.Addr(), q.Addr()) }) {
+			return nil, fmt.Errorf("%s has two %ss of one address family; at most one is possible", Quote(s), name)
 		}
-		subnets = append(subnets, p)
+		prefixes = append(prefixes, p)
 	}
-	return subnets, nil
+	return prefixes, nil
 }
 
 func parseHost(s string) ([]netip.Addr, error) {

@@ -234,6 +234,7 @@ func oldestFirst(a, b *contender) int {
 		bytes.Compare(a.Data, b.Data),
 		slices.CompareFunc(a.NodeAddrs, b.NodeAddrs, netip.Addr.Compare),
 		slices.CompareFunc(a.Sources, b.Sources, netip.Addr.Compare),
+		slices.CompareFunc(a.Accepts, b.Accepts, netip.Prefix.Compare),
 	)
 }
 

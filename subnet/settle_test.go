@@ -354,6 +354,41 @@ func TestYoungerLeaseNeverUnseatsAPeer(t *testing.T) {
 	})
 }
 
+// Whatever comes after them and goes again, in whatever order it is told, winners win, and what a node has for peers
+// are winners.
+func TestWinnerNeverFlaps(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		leases := crowd().Draw(t, "leases")
+		first, _ := Settle("nobody", testRules(), leases)
+		for range rapid.IntRange(1, 10).Draw(t, "changes") {
+			winners, _ := Settle("nobody", testRules(), leases)
+			if rapid.Bool().Draw(t, "leave") {
+				leases = slices.DeleteFunc(leases, func(l Lease) bool {
+					return !slices.ContainsFunc(winners, l.Equal) && rapid.Bool().Draw(t, "leaves")
+				})
+			} else {
+				for _, l := range crowd().Draw(t, "younger") {
+					l.Since = l.Since.Add(time.Hour)
+					leases = append(leases, l)
+				}
+			}
+			leases = rapid.Permutation(leases).Draw(t, "order")
+			winners, _ = Settle("nobody", testRules(), leases)
+			for _, w := range first {
+				if !slices.ContainsFunc(winners, w.Equal) {
+					t.Fatalf("%s had won, and now there are %s", brief([]Lease{w}), brief(winners))
+				}
+			}
+			peers, _ := Settle("self", testRules(), leases)
+			for _, p := range peers {
+				if !slices.ContainsFunc(winners, p.Equal) {
+					t.Fatalf("peer %s is not one of %s", brief([]Lease{p}), brief(winners))
+				}
+			}
+		}
+	})
+}
+
 // The winners are those that a comparison of each with each finds.
 func TestWinnersAreThoseOfThePlainRule(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -433,19 +468,83 @@ func TestHostileLeasesCostLittle(t *testing.T) {
 	}
 }
 
+// Each hostile lease costs the same, however many there are: it is judged once, and what it takes of memory is its own.
+// These are counts and not times, so that they are the same on every machine.
+func TestHostileLeasesCostTheSameEach(t *testing.T) {
+	each := func(n int) float64 {
+		hostile := mob(n)
+		rules, judged := mobRules(), 0
+		rules.Judge = func(l Lease) (string, error) { judged++; return judgeMAC(l) }
+		Settle("good-7", rules, hostile)
+		if judged != len(hostile) {
+			t.Errorf("%d leases were judged %d times", len(hostile), judged)
+		}
+		cost := func(leases []Lease) float64 {
+			return testing.AllocsPerRun(3, func() { Settle("good-7", mobRules(), leases) })
+		}
+		return (cost(hostile) - cost(goodOf(hostile))) / float64(n)
+	}
+	few, many := each(100), each(2000)
+	t.Logf("%.1f allocations for each hostile node of 100, %.1f of 2000", few, many)
+	if many > 1.5*few {
+		t.Errorf("%.1f allocations for each hostile node of 2000, and %.1f of 100", many, few)
+	}
+}
+
+// The good ones of a mob are peers as if they were alone, from the first Settle on.
+func TestGoodNodesStandAsIfTheyWereAlone(t *testing.T) {
+	all := mob(1000)
+	alone, none := Settle("good-7", mobRules(), goodOf(all))
+	if len(none) > 0 {
+		t.Errorf("problems of good nodes: %v", none)
+	}
+	peers, problems := Settle("good-7", mobRules(), all)
+	if !slices.EqualFunc(alone, peers, Lease.Equal) {
+		t.Errorf("%d peers alone, %d in a mob", len(alone), len(peers))
+	}
+	named := map[string]bool{}
+	for _, p := range problems {
+		named[p.Node] = true
+	}
+	for i := range 1000 {
+		if !named[fmt.Sprintf("bad-%d", i)] || named[fmt.Sprintf("good-%d", i)] {
+			t.Errorf("number %d: the bad one is not named, or the good one is", i)
+		}
+	}
+}
+
+func goodOf(leases []Lease) (good []Lease) {
+	for _, l := range leases {
+		if strings.HasPrefix(l.Node, "good-") {
+			good = append(good, l)
+		}
+	}
+	return good
+}
+
+// BenchmarkSettle settles the leases of good nodes, taking turns with the same among as many hostile ones.
 func BenchmarkSettle(b *testing.B) {
 	for _, n := range []int{1000, 5000} {
-		good := slices.DeleteFunc(mob(n), func(l Lease) bool { return strings.HasPrefix(l.Node, "bad") })
 		b.Run(fmt.Sprintf("nodes=%d", n), func(b *testing.B) {
+			all := mob(n)
+			good := goodOf(all)
+			var with, without []time.Duration
 			for b.Loop() {
-				Settle("good-7", mobRules(), good)
+				without = append(without, timeOf(good))
+				with = append(with, timeOf(all))
 			}
-		})
-		hostile := mob(n)
-		b.Run(fmt.Sprintf("nodes=%d+hostile", n), func(b *testing.B) {
-			for b.Loop() {
-				Settle("good-7", mobRules(), hostile)
-			}
+			slices.Sort(with)
+			slices.Sort(without)
+			alone, mobbed := without[len(without)/2], with[len(with)/2]
+			b.ReportMetric(alone.Seconds()*1e3, "alone-ms")
+			b.ReportMetric(mobbed.Seconds()*1e3, "hostile-ms")
+			b.ReportMetric(float64(mobbed)/float64(alone), "ratio")
 		})
 	}
+}
+
+func timeOf(leases []Lease) time.Duration {
+	start := time.Now()
+	Settle("good-7", mobRules(), leases)
+	return time.Since(start)
 }

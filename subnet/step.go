@@ -20,6 +20,7 @@ type Standing struct {
 	Version Version
 	Since   time.Time // when the Node was created
 	Subnets string    // the field Subnets of its Record, "" for none
+	Network string    // the field Network of its Record, "" for none
 	Claim   string    // a Claim, "" for none
 }
 

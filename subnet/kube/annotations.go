@@ -13,11 +13,12 @@ const prefix = "tweed.dev/"
 // The annotations on a Node. They are a contract between versions: a meaning never changes. Their values are described
 // at subnet.Record.
 const (
-	// The node's own daemon writes these four.
+	// The node's own daemon writes these five.
 	Subnets     = prefix + subnet.FieldSubnets
 	Host        = prefix + subnet.FieldHost
 	Backend     = prefix + subnet.FieldBackend
 	BackendData = prefix + subnet.FieldData
+	Network     = prefix + subnet.FieldNetwork
 	// Claim stands only while a node takes a lease. Peers ignore it.
 	Claim = prefix + "claim"
 	// An operator writes these two. HostOverride is an address to publish in place of the node's first, behind NAT.
@@ -25,7 +26,8 @@ const (
 	Sources      = prefix + subnet.FieldSources
 )
 
-// Parse reads what a Node publishes. A Node without our annotations publishes nothing, which is no Problem.
+// Parse reads what a Node publishes. A Node without our annotations publishes nothing, which is no Problem, and one that
+// has just leased a subnet, nothing yet.
 func Parse(m *metav1.ObjectMeta) ([]subnet.Lease, []subnet.Problem) {
 	r := subnet.Record{
 		Subnets: m.Annotations[Subnets],
@@ -36,7 +38,10 @@ func Parse(m *metav1.ObjectMeta) ([]subnet.Lease, []subnet.Problem) {
 	if r == (subnet.Record{}) {
 		return nil, nil
 	}
-	r.Sources = m.Annotations[Sources]
+	if _, err := r.ParseSubnets(); err == nil && r == (subnet.Record{Subnets: r.Subnets}) {
+		return nil, nil
+	}
+	r.Network, r.Sources = m.Annotations[Network], m.Annotations[Sources]
 	// The API server writes times in UTC, but they are decoded as local ones.
 	return r.Leases(m.Name, m.CreationTimestamp.UTC(), "annotation "+prefix)
 }
@@ -45,7 +50,9 @@ func Parse(m *metav1.ObjectMeta) ([]subnet.Lease, []subnet.Problem) {
 // not among them.
 func Format(leases []subnet.Lease) map[string]string {
 	r := subnet.RecordOf(leases)
-	annotations := map[string]string{Subnets: r.Subnets, Host: r.Host, Backend: r.Backend, BackendData: r.Data}
+	annotations := map[string]string{
+		Subnets: r.Subnets, Host: r.Host, Backend: r.Backend, BackendData: r.Data, Network: r.Network,
+	}
 	for key, value := range annotations {
 		if value == "" {
 			delete(annotations, key)

@@ -30,6 +30,7 @@ func good() map[string]string {
 		kube.Host:        "192.0.2.17,2001:db8::17",
 		kube.Backend:     "vxlan",
 		kube.BackendData: `{"vni":1,"port":8472,"mac":"0e:00:00:00:00:07"}`,
+		kube.Network:     "10.244.0.0/16,fd00:10:244::/48",
 	}
 }
 
@@ -45,6 +46,7 @@ func TestAnnotationsOfAHealthyNode(t *testing.T) {
 			Node: "node-7", Subnet: netip.MustParsePrefix(s), Host: netip.MustParseAddr("192.0.2.17"),
 			NodeAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.17"), netip.MustParseAddr("2001:db8::17")},
 			Sources:   []netip.Addr{netip.MustParseAddr("198.51.100.7"), netip.MustParseAddr("2001:db8:1::7")},
+			Accepts:   []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:10:244::/48")},
 			Backend:   "vxlan", Data: json.RawMessage(good()[kube.BackendData]), Since: born,
 		})
 	}
@@ -64,6 +66,7 @@ func TestNodeWithoutOurAnnotationsIsNothing(t *testing.T) {
 		nil,
 		{"example.com/other": "x"},
 		{kube.HostOverride: "198.51.100.7", kube.Sources: "rubbish", kube.Claim: "10.244.3.0/24 n1"},
+		{kube.Network: "10.244.0.0/16"},
 	} {
 		if leases, problems := kube.Parse(meta(a)); leases != nil || problems != nil {
 			t.Errorf("%v: got %v, %v", a, leases, problems)
@@ -132,13 +135,42 @@ func TestGarbageInSourcesKeepsTheLease(t *testing.T) {
 	}
 }
 
+func TestGarbageInNetworkKeepsTheLease(t *testing.T) {
+	long := strings.Repeat("10.244.0.0/16,", 20)
+	for value, want := range map[string]string{
+		"x": `"x" is not a pod network such as 10.244.0.0/16`, "10.244.0.0/16,": `"" is not a pod network`,
+		"10.244.1.0/16":             `is not a pod network in its usual form; did you mean 10.244.0.0/16`,
+		"10.244.0.0/16,10.0.0.0/16": "two pod networks of one address family", long: "at most 128 are possible",
+	} {
+		a := good()
+		a[kube.Network] = value
+		leases, problems := kube.Parse(meta(a))
+		if len(leases) != 2 || leases[0].Accepts != nil || len(problems) != 1 ||
+			!strings.Contains(problems[0].Text, want) || !strings.Contains(problems[0].Text, "it counts as missing") {
+			t.Errorf("%.50q: got %v, %v", value, leases, problems)
+		}
+	}
+}
+
+func TestDaemonThatDoesNotSayWhatItAccepts(t *testing.T) {
+	a := good()
+	delete(a, kube.Network)
+	leases, problems := kube.Parse(meta(a))
+	if len(leases) != 2 || leases[0].Accepts != nil || problems != nil {
+		t.Errorf("got %v, %v", leases, problems)
+	}
+	if _, there := kube.Format(leases)[kube.Network]; there {
+		t.Error("an empty annotation would be published")
+	}
+}
+
 func TestGarbageInAllAnnotations(t *testing.T) {
 	a := map[string]string{}
 	for key := range good() {
 		a[key] = "\x00garbage\n"
 	}
 	leases, problems := kube.Parse(meta(a))
-	if leases != nil || len(problems) != len(a) {
+	if leases != nil || len(problems) != len(a) { // one each
 		t.Fatalf("got %v, %v", leases, problems)
 	}
 	for _, p := range problems {
@@ -173,6 +205,11 @@ func drawLeases(t *rapid.T) []subnet.Lease {
 		t.Fatal(err)
 	}
 	l.Data = data
+	for i, size := range []int{4, 16} {
+		if rapid.Bool().Draw(t, fmt.Sprint("accepts", i)) {
+			l.Accepts = append(l.Accepts, drawPrefix(t, size))
+		}
+	}
 	var leases []subnet.Lease
 	families := rapid.IntRange(1, 3).Draw(t, "families")
 	if families&1 != 0 {
@@ -195,23 +232,29 @@ func drawPrefix(t *rapid.T, size int) netip.Prefix {
 	return netip.PrefixFrom(a, rapid.IntRange(0, size*8).Draw(t, "length")).Masked()
 }
 
-// Whatever stands there, Parse keeps its promises: leases or a Problem, short texts, and what it accepts is what Format
-// would have written.
+// Whatever stands in all annotations of a Node, Parse keeps its promises: leases or a Problem of that Node, short texts
+// that name the annotation, nothing of what is not for peers, and what it accepts is what Format would have written.
 func FuzzParse(f *testing.F) {
 	g := good()
-	f.Add(g[kube.Subnets], g[kube.Host], g[kube.Backend], g[kube.BackendData], "198.51.100.7")
-	f.Add("10.244.7.0/24", "2001:db8::17", "host-gw", "{}", "")
-	f.Add("10.244.7.1/24", "fe80::1%eth0", "\xff", `{"mac":"02:zz"`, ",")
-	f.Add("", "", "", " ", "")
-	f.Fuzz(func(t *testing.T, subnets, host, backend, data, sources string) {
+	f.Add(g[kube.Subnets], g[kube.Host], g[kube.Backend], g[kube.BackendData], "10.244.0.0/16", "198.51.100.7",
+		"203.0.113.7", "x", "y")
+	f.Add("10.244.7.0/24", "2001:db8::17", "host-gw", "{}", "", "", "", "", "")
+	f.Add("10.244.7.1/24", "fe80::1%eth0", "\xff", `{"mac":"02:zz"`, "pods", ",", "::1", "10.244.7.0/24 5f", "")
+	f.Add("", "", "", " ", "", "", "", "", "")
+	f.Fuzz(func(t *testing.T, subnets, host, backend, data, network, sources, override, claim, other string) {
 		a := map[string]string{kube.Subnets: subnets, kube.Host: host, kube.Backend: backend, kube.BackendData: data,
-			kube.Sources: sources}
+			kube.Network: network, kube.Sources: sources}
 		leases, problems := kube.Parse(meta(a))
+		a[kube.HostOverride], a[kube.Claim], a["tweed.dev/later"], a["example.com/other"] = override, claim, other, other
+		leases2, problems2 := kube.Parse(meta(a))
+		if !slices.EqualFunc(leases, leases2, subnet.Lease.Equal) || !slices.Equal(problems, problems2) {
+			t.Errorf("with what is not for peers %v, %v; without %v, %v", leases2, problems2, leases, problems)
+		}
 		if len(leases) == 0 && len(problems) == 0 && subnets+host+backend+data != "" {
 			t.Errorf("neither leases nor problems")
 		}
 		for _, p := range problems {
-			if p.Node != "node-7" || len(p.Text) > 600 {
+			if p.Node != "node-7" || len(p.Text) > 400 || !strings.HasPrefix(p.Text, "annotation tweed.dev/") {
 				t.Errorf("problem of %q, %d bytes: %s", p.Node, len(p.Text), p.Text)
 			}
 		}
@@ -245,7 +288,7 @@ func BenchmarkParseHostile(b *testing.B) {
 	}
 	m := meta(a)
 	for b.Loop() {
-		if _, problems := kube.Parse(m); len(problems) != 4 {
+		if _, problems := kube.Parse(m); len(problems) != len(a) {
 			b.Fatal(problems)
 		}
 	}
@@ -258,5 +301,6 @@ func nth(n int) map[string]string {
 		kube.Host:        fmt.Sprintf("192.0.2.%d", n),
 		kube.Backend:     "vxlan",
 		kube.BackendData: fmt.Sprintf(`{"vni":1,"port":8472,"mac":"0e:00:00:00:00:%02x"}`, n),
+		kube.Network:     "10.244.0.0/16",
 	}
 }

@@ -42,7 +42,7 @@ type apiServer struct {
 	uids    int
 	nodes   map[string]*corev1.Node
 	events  []event
-	silent  bool           // withholds the bookmark that ends the first list
+	silent  bool           // withholds the end of a list, however it comes
 	muted   bool           // withholds all events
 	oldest  int            // watches from before it are answered with 410
 	refuse  map[string]int // HTTP status by verb: list, watch, get, patch, patch status, create events, patch events
@@ -262,7 +262,12 @@ func (a *apiServer) list(v view) {
 	}
 	rv := strconv.Itoa(a.rv)
 	a.mu.Unlock()
-	v.write(v.many(found, rv))
+	all := v.encode(v.many(found, rv))
+	_, _ = v.w.Write(all[:len(all)/2])
+	v.w.(http.Flusher).Flush()
+	if a.await(v.r, func() bool { return !a.silent }) {
+		_, _ = v.w.Write(all[len(all)/2:])
+	}
 }
 
 func (a *apiServer) watch(v view, r *http.Request) {
@@ -611,11 +616,17 @@ func (v view) many(found []*corev1.Node, rv string) runtime.Object {
 	return l
 }
 
-func (v view) write(o runtime.Object) {
+// write sends an object. A client that is gone is no error.
+func (v view) write(o runtime.Object) { _, _ = v.w.Write(v.encode(o)) }
+
+// encode returns an object in the form that was asked for, and has the answer say which that is.
+func (v view) encode(o runtime.Object) []byte {
 	v.w.Header().Set("Content-Type", v.info.MediaType)
-	if err := v.info.Serializer.Encode(o, v.w); err != nil {
+	b := bytes.Buffer{}
+	if err := v.info.Serializer.Encode(o, &b); err != nil {
 		v.t.Errorf("encoding %T: %v", o, err)
 	}
+	return b.Bytes()
 }
 
 func (v view) fail(err *apierrors.StatusError) {

@@ -35,6 +35,10 @@ func (s *Source) Tell(ctx context.Context, reason, message string) error {
 
 // TellOnce is Source.Tell for a daemon that cannot run, and has not looked whether there is such a Node.
 func TellOnce(ctx context.Context, cfg *rest.Config, node, reason, message string) error {
+	cfg, err := reach(cfg)
+	if err != nil {
+		return err
+	}
 	core, params, err := nodeClient(cfg)
 	if err != nil {
 		return err

@@ -20,6 +20,10 @@ const (
 
 // NetConf reads the pod network's configuration from the cluster's ConfigMap.
 func NetConf(ctx context.Context, cfg *rest.Config) (string, error) {
+	cfg, err := reach(cfg)
+	if err != nil {
+		return "", err
+	}
 	core, _, err := nodeClient(cfg)
 	if err != nil {
 		return "", err

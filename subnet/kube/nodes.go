@@ -17,6 +17,8 @@ import (
 type published struct {
 	leases   []subnet.Lease
 	problems []subnet.Problem
+	// standing is what others that lease need to know; without a version, since a heartbeat is not news to them.
+	standing subnet.Standing
 }
 
 func parsePublished(obj any) (name string, p published, err error) {
@@ -25,12 +27,19 @@ func parsePublished(obj any) (name string, p published, err error) {
 		return "", published{}, fmt.Errorf("the API server sent a %T in place of a Node's metadata", obj)
 	}
 	p.leases, p.problems = Parse(&o.ObjectMeta)
+	p.standing = standingOf(&o.ObjectMeta)
+	p.standing.Version = subnet.Version{}
 	return o.Name, p, nil
 }
 
-func (p published) isEmpty() bool { return len(p.leases) == 0 && len(p.problems) == 0 }
+func (p published) isEmpty() bool {
+	return p.standing.Subnets == "" && p.standing.Claim == "" && p.same(published{})
+}
 
-func (p published) equal(q published) bool {
+func (p published) equal(q published) bool { return p.standing == q.standing && p.same(q) }
+
+// same reports whether p and q are the same to who routes, and does not lease.
+func (p published) same(q published) bool {
 	return slices.EqualFunc(p.leases, q.leases, subnet.Lease.Equal) && slices.Equal(p.problems, q.problems)
 }
 
@@ -42,6 +51,18 @@ type table struct {
 	gen    uint64
 	at     time.Time
 	list   subnet.List // built from byNode when asked for; that of another gen is out of date
+	wake   func()      // called when what any Node has leased or claims may have changed; it must not block
+}
+
+// standings returns what the Nodes have leased and claim, as far as it is known.
+func (t *table) standings() (subnet.Listing, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := subnet.Listing{}
+	for _, p := range t.byNode {
+		all = append(all, p.standing)
+	}
+	return all, t.synced
 }
 
 // snapshot returns the last complete list. Its slices are shared with later ones.
@@ -52,7 +73,11 @@ func (t *table) snapshot() (subnet.List, bool) {
 		return subnet.List{}, false
 	}
 	if t.list.Generation != t.gen {
-		t.list = subnet.List{Generation: t.gen}
+		leases := 0
+		for _, p := range t.byNode {
+			leases += len(p.leases)
+		}
+		t.list = subnet.List{Generation: t.gen, Leases: slices.Grow([]subnet.Lease(nil), leases)}
 		for _, name := range slices.Sorted(maps.Keys(t.byNode)) {
 			t.list.Leases = append(t.list.Leases, t.byNode[name].leases...)
 			t.list.Problems = append(t.list.Problems, t.byNode[name].problems...)
@@ -67,15 +92,20 @@ func (t *table) put(name string, p published) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.at = time.Now()
-	if t.byNode[name].equal(p) {
+	before := t.byNode[name]
+	if before.equal(p) {
 		return false
 	}
-	t.gen++
 	if p.isEmpty() {
 		delete(t.byNode, name)
 	} else {
 		t.byNode[name] = p
 	}
+	t.wake()
+	if before.same(p) {
+		return false
+	}
+	t.gen++
 	return true
 }
 
@@ -87,9 +117,14 @@ func (t *table) replace(all map[string]published) bool {
 	if t.synced && maps.EqualFunc(t.byNode, all, published.equal) {
 		return false
 	}
+	same := t.synced && maps.EqualFunc(t.byNode, all, published.same)
 	t.synced = true
-	t.gen++
 	t.byNode = all
+	t.wake()
+	if same {
+		return false
+	}
+	t.gen++
 	return true
 }
 
@@ -108,21 +143,7 @@ type nodeStore struct {
 	complete func()
 }
 
-var (
-	_ cache.TransformingStore      = nodeStore{}
-	_ cache.ReflectorBookmarkStore = nodeStore{}
-)
-
-// Transformer keeps a list that is still arriving small.
-func (s nodeStore) Transformer() cache.TransformFunc { return slim }
-
-func slim(obj any) (any, error) {
-	if o, ok := obj.(*metav1.PartialObjectMetadata); ok {
-		o.ManagedFields, o.Labels, o.OwnerReferences, o.Finalizers = nil, nil, nil, nil
-		o.Annotations = ours(o.Annotations)
-	}
-	return obj, nil
-}
+var _ cache.ReflectorBookmarkStore = nodeStore{}
 
 func (s nodeStore) Add(obj any) error { return s.Update(obj) }
 

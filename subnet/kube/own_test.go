@@ -6,8 +6,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"tweed.dev/tweed/subnet"
 )
 
 // TestWhatOthersWriteToOurNode rings where it is ours to write, and not otherwise.
@@ -40,10 +38,13 @@ func TestWhatOthersWriteToOurNode(t *testing.T) {
 		"reason":           {true, func(n *corev1.Node) { network(n).Reason = "FlannelIsUp" }},
 		"condition":        {true, func(n *corev1.Node) { n.Status.Conditions = nil }},
 		"our taint":        {true, func(n *corev1.Node) { n.Spec.Taints = nil }},
+		"podCIDRs":         {true, func(n *corev1.Node) { n.Spec.PodCIDRs = []string{"10.244.1.0/24"} }},
+		"host override":    {true, func(n *corev1.Node) { n.Annotations[HostOverride] = "203.0.113.7" }},
+		"claim":            {true, func(n *corev1.Node) { n.Annotations[Claim] = "10.244.1.0/24 a" }},
 		"its place":        {true, func(n *corev1.Node) { n.Spec.Taints = n.Spec.Taints[1:] }},
 	} {
-		o := own{node: subnet.Node{Name: "n1"}, version: versionOf(node(func(*corev1.Node) {}))}
-		if got := o.set(subnet.Node{Name: "n1"}, nil, versionOf(node(c.change))); got != c.rings {
+		o := own{name: "n1", object: objectOf(node(func(*corev1.Node) {}))}
+		if got := o.set(objectOf(node(c.change)), nil); got != c.rings {
 			t.Errorf("%s: rings %v", name, got)
 		}
 	}
@@ -51,12 +52,12 @@ func TestWhatOthersWriteToOurNode(t *testing.T) {
 
 func TestWatchIsAheadOfTheAnswerToAWrite(t *testing.T) {
 	v := func(resource string) version { return version{uid: "uid-1", resource: resource} }
-	o := own{version: v("1")}
+	o := own{object: &object{version: v("1")}}
 	o.wrote(v("1"), v("2"))
 	if have, _ := o.current(); have.resource != "2" {
 		t.Errorf("after a write, version %s is known", have.resource)
 	}
-	o.set(subnet.Node{}, nil, v("4"))
+	o.set(&object{version: v("4")}, nil)
 	o.wrote(v("2"), v("3"))
 	if have, _ := o.current(); have.resource != "4" {
 		t.Errorf("a late answer put version %s in place of a newer one", have.resource)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 
 	"k8s.io/apimachinery/pkg/types"
 
@@ -20,8 +21,31 @@ func (s *Source) Publish(ctx context.Context, leases []subnet.Lease) error {
 	}
 	want := Format(leases)
 	return s.write(ctx, "publish the lease of", "nodes", func(ctx context.Context, v version) (version, error) {
+		if err := s.mayPublish(v, leases); err != nil {
+			return v, err
+		}
 		return s.annotate(ctx, v, want)
 	})
+}
+
+// mayPublish refuses leases that this version of the Node does not give to this node: they are of an earlier one. A leased
+// subnet is never written here, for that nobody else has it is known to the lessor alone.
+func (s *Source) mayPublish(v version, leases []subnet.Lease) error {
+	if len(leases) == 0 {
+		return nil
+	}
+	var want []netip.Prefix
+	for _, l := range leases {
+		want = append(want, l.Subnet)
+	}
+	has := v.given
+	if s.self.decided() != subnet.OriginNodeSpec {
+		has, _ = subnet.Record{Subnets: v.annotations[Subnets]}.ParseSubnets()
+	}
+	if !sameSet(has, want) {
+		return fmt.Errorf("node %s has the subnets %v now, and not %v any more", s.node, has, want)
+	}
+	return nil
 }
 
 // annotate writes want to the Node at version v, unless it is there already.
@@ -48,7 +72,7 @@ func (s *Source) annotate(ctx context.Context, v version, want map[string]string
 // difference is the part of a JSON merge patch (RFC 7396) that makes want of have: nil takes an annotation away.
 func difference(have, want map[string]string) map[string]any {
 	diff := map[string]any{}
-	for _, key := range []string{Subnets, Host, Backend, BackendData} {
+	for _, key := range []string{Subnets, Host, Backend, BackendData, Network} {
 		now, is := have[key]
 		then, shall := want[key]
 		switch {

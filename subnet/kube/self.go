@@ -1,12 +1,14 @@
 package kube
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -20,42 +22,139 @@ type version struct {
 	uid         types.UID
 	resource    string // resourceVersion
 	annotations map[string]string
-	network     condition // NetworkUnavailable
-	startup     []int     // places of the startup taint in spec.taints
+	given       []netip.Prefix // spec.podCIDRs
+	network     condition      // NetworkUnavailable
+	startup     []int          // places of the startup taint in spec.taints
 }
 
 func versionOf(n *corev1.Node) version {
-	return version{n.UID, n.ResourceVersion, ours(n.Annotations), networkOf(n), startupTaints(n)}
+	given, _ := podCIDRs(n)
+	return version{n.UID, n.ResourceVersion, ours(n.Annotations), given, networkOf(n), startupTaints(n)}
 }
 
-// same reports whether nothing that is ours to write differs.
+// same reports whether nothing that is ours to write, or follow, differs.
 func (v version) same(w version) bool {
-	return v.uid == w.uid && maps.Equal(v.annotations, w.annotations) && v.network.says(w.network) &&
-		slices.Equal(v.startup, w.startup)
+	return v.uid == w.uid && maps.Equal(v.annotations, w.annotations) && slices.Equal(v.given, w.given) &&
+		v.network.says(w.network) && slices.Equal(v.startup, w.startup)
 }
 
-// own holds this node's own Node object.
+// An object is what this node's Node says in one version of it.
+type object struct {
+	version
+	since    time.Time
+	addrs    []netip.Addr
+	recorded []netip.Prefix // by the annotation
+	override netip.Addr
+	// badCIDRs, badRecord and badOverride say why one of these cannot be read.
+	badCIDRs, badRecord, badOverride error
+}
+
+func objectOf(n *corev1.Node) *object {
+	o := &object{version: versionOf(n), since: n.CreationTimestamp.UTC(), addrs: internalIPs(n)}
+	_, o.badCIDRs = podCIDRs(n)
+	if text := n.Annotations[Subnets]; text != "" {
+		if o.recorded, o.badRecord = (subnet.Record{Subnets: text}).ParseSubnets(); o.badRecord != nil {
+			o.badRecord = fmt.Errorf("annotation %s of node %s: %w; correct or remove it", Subnets, n.Name, o.badRecord)
+		}
+	}
+	if text := n.Annotations[HostOverride]; text != "" {
+		o.override, o.badOverride = parseOverride(text)
+	}
+	return o
+}
+
+// parseOverride reads an address that packets for a node can be sent to.
+func parseOverride(text string) (netip.Addr, error) {
+	a, err := netip.ParseAddr(text)
+	switch {
+	case err != nil || a.Is4In6() || a.Zone() != "":
+		return netip.Addr{}, fmt.Errorf("%s is not an IP address such as 203.0.113.7", subnet.Quote(text))
+	case !a.IsGlobalUnicast():
+		return netip.Addr{}, fmt.Errorf("%s is not an address that other nodes can send to", a)
+	}
+	return a, nil
+}
+
+// own holds this node's own Node object, and where its subnets come from.
 type own struct {
-	mu      sync.Mutex
-	node    subnet.Node
-	err     error // why node is not known
-	version version
+	name string
+
+	mu     sync.Mutex
+	object *object // nil where none is known
+	err    error   // why none is known
+	origin subnet.Origin
+	why    error // why the node has no subnet, or not one of every family
+	// override is the last one that could be read, for as long as there is one.
+	override netip.Addr
 }
 
+// get says what follows from the Node.
 func (o *own) get() (subnet.Node, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.node, o.err
+	return o.node()
+}
+
+func (o *own) node() (subnet.Node, error) {
+	if o.object == nil {
+		return subnet.Node{Name: o.name}, o.err
+	}
+	n := subnet.Node{Name: o.name, Addrs: o.object.addrs, Since: o.object.since, HostOverride: o.override}
+	problem := func(kind, format string, args ...any) {
+		n.Problems = append(n.Problems, subnet.Problem{Node: o.name, Kind: kind, Text: fmt.Sprintf(format, args...)})
+	}
+	if o.object.badOverride != nil {
+		instead := "the address of its uplink"
+		if o.override.IsValid() {
+			instead = o.override.String()
+		}
+		problem(subnet.KindAnnotation, "annotation %s: %v; until it is corrected or removed, %s is published",
+			HostOverride, o.object.badOverride, instead)
+	}
+	switch o.origin {
+	case subnet.OriginNodeSpec:
+		if o.object.badCIDRs != nil {
+			return subnet.Node{Name: o.name}, o.object.badCIDRs
+		}
+		n.Subnets = o.object.given
+	case subnet.OriginLease:
+		if o.object.badRecord != nil {
+			return subnet.Node{Name: o.name}, o.object.badRecord
+		}
+		n.Subnets, n.Leased = o.object.recorded, true
+	}
+	if len(n.Subnets) == 0 {
+		return subnet.Node{Name: o.name}, cmp.Or(o.why, fmt.Errorf("node %s has no subnet yet", o.name))
+	}
+	if n.Leased && o.why != nil {
+		problem(subnet.KindLease, "%v", o.why)
+	}
+	if given := o.object.given; n.Leased && len(given) > 0 && !sameSet(given, n.Subnets) {
+		problem(subnet.KindLease, "spec.podCIDRs of node %s is %s, and the subnet that it has leased is %s, which stays: its "+
+			"pods have addresses of it; run kube-controller-manager with --allocate-node-cidrs=false, or drain the node, "+
+			"delete its Node object and let the kubelet register it again",
+			o.name, subnet.FormatSubnets(given), o.object.annotations[Subnets])
+	}
+	return n, nil
 }
 
 // current returns what is known to be written to the Node, or an error where no Node is known.
 func (o *own) current() (version, error) {
+	obj, err := o.known()
+	if err != nil {
+		return version{}, err
+	}
+	return obj.version, nil
+}
+
+// known returns the Node as it is known, or an error where none is.
+func (o *own) known() (object, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.version.uid == "" {
-		return version{}, o.err
+	if o.object == nil {
+		return object{}, o.err
 	}
-	return o.version, nil
+	return *o.object, nil
 }
 
 // wrote records the answer to a write that was made when have was known, unless the watch has told of a newer version
@@ -63,23 +162,58 @@ func (o *own) current() (version, error) {
 func (o *own) wrote(have, v version) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.version.uid == have.uid && o.version.resource == have.resource {
-		o.version = v
+	if o.object != nil && o.object.uid == have.uid && o.object.resource == have.resource {
+		changed := *o.object
+		changed.version = v
+		o.object = &changed
 	}
 }
 
-// set records the Node and reports whether what we read of it, or write to it, changed.
-func (o *own) set(node subnet.Node, err error, v version) bool {
+// set records the Node, or why there is none, and reports whether what we read of it, or write to it, changed.
+func (o *own) set(obj *object, err error) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	same := equalNodes(o.node, node) && equalErrors(o.err, err) && o.version.same(v)
-	o.node, o.err, o.version = node, err, v
-	return !same
+	return o.change(func() {
+		o.object, o.err = obj, err
+		if obj != nil && obj.badOverride == nil {
+			o.override = obj.override
+		}
+	})
+}
+
+// decide records where the node's subnets come from, and why it has none, and reports whether that changes anything.
+func (o *own) decide(origin subnet.Origin, why error) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.change(func() { o.origin, o.why = origin, why })
+}
+
+// decided returns where the subnets come from, OriginAuto as long as that is open.
+func (o *own) decided() subnet.Origin {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.origin
+}
+
+// change makes a change and reports whether anything follows from it.
+func (o *own) change(f func()) bool {
+	var v, w version
+	if o.object != nil {
+		v = o.object.version
+	}
+	node, err := o.node()
+	f()
+	if o.object != nil {
+		w = o.object.version
+	}
+	then, thenErr := o.node()
+	return !v.same(w) || !equalNodes(node, then) || !equalErrors(err, thenErr)
 }
 
 func equalNodes(a, b subnet.Node) bool {
 	return a.Name == b.Name && slices.Equal(a.Subnets, b.Subnets) && slices.Equal(a.Addrs, b.Addrs) &&
-		a.Since.Equal(b.Since)
+		a.HostOverride == b.HostOverride && a.Since.Equal(b.Since) && a.Leased == b.Leased &&
+		slices.Equal(a.Problems, b.Problems)
 }
 
 func equalErrors(a, b error) bool {
@@ -89,24 +223,16 @@ func equalErrors(a, b error) bool {
 	return a.Error() == b.Error()
 }
 
-// readNode reads what a Node says about itself.
-func readNode(n *corev1.Node) (subnet.Node, error) {
-	subnets, err := podCIDRs(n)
-	if err != nil {
-		return subnet.Node{Name: n.Name}, err
+func podCIDRTexts(n *corev1.Node) (field string, texts []string) {
+	if len(n.Spec.PodCIDRs) == 0 && n.Spec.PodCIDR != "" {
+		return "spec.podCIDR", []string{n.Spec.PodCIDR}
 	}
-	return subnet.Node{Name: n.Name, Subnets: subnets, Addrs: internalIPs(n), Since: n.CreationTimestamp.UTC()}, nil
+	return "spec.podCIDRs", n.Spec.PodCIDRs
 }
 
+// podCIDRs reads what the cluster has given the node; it may be nothing.
 func podCIDRs(n *corev1.Node) ([]netip.Prefix, error) {
-	field, texts := "spec.podCIDRs", n.Spec.PodCIDRs
-	if len(texts) == 0 && n.Spec.PodCIDR != "" {
-		field, texts = "spec.podCIDR", []string{n.Spec.PodCIDR}
-	}
-	if len(texts) == 0 {
-		return nil, fmt.Errorf("spec.podCIDRs of node %s is empty; waiting for kube-controller-manager to fill it, "+
-			"which it does when it runs with --allocate-node-cidrs=true and --cluster-cidr", n.Name)
-	}
+	field, texts := podCIDRTexts(n)
 	var subnets []netip.Prefix
 	for _, text := range texts {
 		p, err := netip.ParsePrefix(text)
@@ -124,6 +250,10 @@ func podCIDRs(n *corev1.Node) ([]netip.Prefix, error) {
 	return subnets, nil
 }
 
+func sameSet(a, b []netip.Prefix) bool {
+	return len(a) == len(b) && !slices.ContainsFunc(a, func(p netip.Prefix) bool { return !slices.Contains(b, p) })
+}
+
 // internalIPs leaves out what is not an address: the node can still be reached by the others, or by an interface's.
 func internalIPs(n *corev1.Node) []netip.Addr {
 	var addrs []netip.Addr
@@ -138,10 +268,10 @@ func internalIPs(n *corev1.Node) []netip.Addr {
 // An ownStore is where the reflector of this node's Node puts what it learns.
 type ownStore struct {
 	*own
+	// ring is called after each change of what follows from the Node.
 	ring func()
 	// complete is called after each list.
 	complete func()
-	name     string
 	// missing says that there is no such Node.
 	missing error
 }
@@ -155,13 +285,12 @@ func (s ownStore) Update(obj any) error {
 	if !ok {
 		return fmt.Errorf("the API server sent a %T in place of a Node", obj)
 	}
-	node, err := readNode(n)
-	s.put(node, err, versionOf(n))
+	s.put(objectOf(n), nil)
 	return nil
 }
 
 func (s ownStore) Delete(any) error {
-	s.put(subnet.Node{Name: s.name}, s.missing, version{})
+	s.put(nil, s.missing)
 	return nil
 }
 
@@ -176,8 +305,8 @@ func (s ownStore) Replace(objs []any, _ string) error {
 	return errors.New("the API server sent more than the one Node that it was asked for")
 }
 
-func (s ownStore) put(node subnet.Node, err error, v version) {
-	if s.set(node, err, v) {
+func (s ownStore) put(obj *object, err error) {
+	if s.set(obj, err) {
 		s.ring()
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -41,30 +42,50 @@ type Source struct {
 	params runtime.ParameterCodec
 	all    table
 	self   own
+	lessor *lessor
+	clock  clock
 	health health
 	rival  contest // for the condition NetworkUnavailable
 	ring   func()  // of Run
+
+	patience time.Duration // with a write
 }
 
-// New returns a Source for the node of that name. It asks the API server nothing yet: an error means that cfg cannot
-// work.
-func New(cfg *rest.Config, node string, log *slog.Logger) (*Source, error) {
-	if node == "" {
+// Options say for which node a Source is, and where that gets its subnets from.
+type Options struct {
+	Node   string
+	Origin subnet.Origin
+	// Network is what subnets are leased from.
+	Network subnet.Network
+	// Remembered are the subnets that the node's pods have addresses of, to be leased again if nobody else has; at most one
+	// a family.
+	Remembered []netip.Prefix
+	// ReadOnly has nothing leased.
+	ReadOnly bool
+}
+
+// New returns a Source. It asks the API server nothing yet: an error means that cfg cannot work.
+func New(cfg *rest.Config, o Options, log *slog.Logger) (*Source, error) {
+	if o.Node == "" {
 		return nil, errors.New("the name of this node is not known; give that of its Node object with --node-name")
 	}
-	meta, server, err := metadataClient(cfg)
+	s := &Source{node: o.Node, log: log, health: health{log: log}, patience: writeTimeout, ring: func() {}}
+	s.self.name, s.self.origin = o.Node, subnet.OriginAuto
+	s.lessor = newLessor(s, o)
+	s.all.wake = s.lessor.rouse
+	cfg = rest.CopyConfig(cfg)
+	cfg.Wrap(s.clock.listen)
+	cfg, err := reach(cfg)
 	if err != nil {
 		return nil, err
 	}
-	core, params, err := nodeClient(cfg)
-	if err != nil {
+	if s.meta, s.server, err = metadataClient(cfg); err != nil {
 		return nil, err
 	}
-	s := &Source{
-		node: node, server: server, log: log, meta: meta, core: core, params: params, health: health{log: log},
+	if s.core, s.params, err = nodeClient(cfg); err != nil {
+		return nil, err
 	}
-	s.self.node.Name = node
-	s.self.err = fmt.Errorf("waiting for the API server at %s to send node %s", server, node)
+	s.self.err = fmt.Errorf("waiting for the API server at %s to send node %s", s.server, o.Node)
 	return s, nil
 }
 
@@ -104,13 +125,17 @@ func nodeClient(cfg *rest.Config) (*rest.RESTClient, runtime.ParameterCodec, err
 
 // ListOnce asks the API server once for the leases of all nodes.
 func ListOnce(ctx context.Context, cfg *rest.Config) (subnet.List, error) {
-	meta, server, err := metadataClient(cfg)
+	cfg, err := reach(cfg)
 	if err != nil {
 		return subnet.List{}, err
 	}
-	nodes, err := meta.List(klog.NewContext(ctx, logr.Discard()), metav1.ListOptions{})
+	core, _, err := nodeClient(cfg)
 	if err != nil {
-		return subnet.List{}, explain("list", "nodes", server, err)
+		return subnet.List{}, err
+	}
+	nodes, err := listMetadata(klog.NewContext(ctx, logr.Discard()), core)
+	if err != nil {
+		return subnet.List{}, explain("list", "nodes", cfg.Host, err)
 	}
 	list := subnet.List{Generation: 1, At: time.Now()}
 	for i := range nodes.Items {
@@ -127,8 +152,10 @@ func (s *Source) Run(ctx context.Context, ring func()) error {
 	ctx = s.quiet(ctx)
 	s.ring = ring
 	nodes := nodeStore{&s.all, ring, func() { s.note(ctx, "list", "nodes", nil) }}
-	self := ownStore{&s.self, ring, func() { s.note(ctx, "list", "own node", nil) }, s.node, s.missing()}
+	self := ownStore{&s.self, func() { s.lessor.rouse(); ring() },
+		func() { s.note(ctx, "list", "own node", nil) }, s.missing()}
 	var wg sync.WaitGroup
+	wg.Go(func() { s.lessor.run(ctx) })
 	wg.Go(func() { follow(ctx, s.nodes(), &metav1.PartialObjectMetadata{}, nodes) })
 	wg.Go(func() { follow(ctx, s.own(), &corev1.Node{}, self) })
 	wg.Wait()
@@ -148,6 +175,9 @@ func (s *Source) Self() (subnet.Node, error) {
 	return s.self.get()
 }
 
+// Grow has subnets leased from n from now on.
+func (s *Source) Grow(n subnet.Network) { s.lessor.grow(n) }
+
 // Err says why List and Self may be out of date: the API server does not answer, or refuses. It is nil otherwise.
 func (s *Source) Err() error { return s.health.err() }
 
@@ -156,22 +186,26 @@ func (s *Source) missing() error {
 		"is meant", s.node, s.server)
 }
 
-// follow keeps store equal to what lw lists and watches. Pauses between attempts grow to 3 s, jitter included.
+// follow keeps store equal to what lw lists and watches. Pauses between attempts grow to 3.5 s, jitter included.
 func follow(ctx context.Context, lw cache.ListerWatcher, object any, store cache.ReflectorStore) {
 	logger := klog.FromContext(ctx)
 	r := cache.NewReflectorWithOptions(lw, object, store, cache.ReflectorOptions{
-		Logger:  &logger,
-		Name:    "tweed",
-		Backoff: &wait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Cap: 2 * time.Second, Jitter: 0.5, Steps: 8},
+		Logger: &logger,
+		Name:   "tweed",
+		Backoff: &wait.Backoff{
+			Duration: 500 * time.Millisecond, Factor: 2, Cap: 2500 * time.Millisecond, Jitter: 0.4, Steps: 8,
+		},
 	})
 	r.RunWithContext(ctx)
 }
 
 // nodes lists and watches every Node's metadata.
 func (s *Source) nodes() cache.ListerWatcher {
-	return s.listWatch("nodes",
-		func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return s.meta.List(ctx, o) },
-		s.meta.Watch)
+	return compressed{s.listWatch("nodes",
+		func(ctx context.Context, _ metav1.ListOptions) (runtime.Object, error) {
+			return listMetadata(ctx, s.core)
+		},
+		s.meta.Watch)}
 }
 
 // own lists and watches this node's Node.
@@ -191,7 +225,8 @@ func (s *Source) own() cache.ListerWatcher {
 
 // listWatch has the outcome of each request noted.
 func (s *Source) listWatch(what string, list cache.ListWithContextFunc, open cache.WatchFuncWithContext,
-) cache.ListerWatcher {
+) *cache.ListWatch {
+	list, open = s.guarded(what, list, open)
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			if o.ResourceVersion == "0" {
@@ -207,7 +242,7 @@ func (s *Source) listWatch(what string, list cache.ListWithContextFunc, open cac
 			w, err := open(ctx, o)
 			if o.SendInitialEvents == nil {
 				s.note(ctx, "watch", what, err)
-				return w, err
+				return w, resumable(err)
 			}
 			if err != nil {
 				// Not every server streams lists. Any failure here makes the reflector ask for a plain list

@@ -32,11 +32,17 @@ type daemon struct {
 	stop  func()
 }
 
+// startDaemon is for a node whose subnets come from its podCIDRs.
 func startDaemon(t *testing.T, a *apiServer, node string) *daemon {
+	t.Helper()
+	return start(t, a, kube.Options{Node: node, Origin: subnet.OriginNodeSpec})
+}
+
+func start(t *testing.T, a *apiServer, o kube.Options) *daemon {
 	t.Helper()
 	d := &daemon{t: t, bell: make(chan struct{}, 1), log: &logBuffer{}}
 	var err error
-	if d.Source, err = kube.New(a.config(), node, slog.New(slog.NewTextHandler(d.log, nil))); err != nil {
+	if d.Source, err = kube.New(a.config(), o, slog.New(slog.NewTextHandler(d.log, nil))); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -391,7 +397,7 @@ func TestSelfWaitsForPodCIDRs(t *testing.T) {
 	}
 	a.remove("n1")
 	d.awaitSelf("node n1 does not exist")
-	if _, err := kube.New(a.config(), "", slog.Default()); err == nil {
+	if _, err := kube.New(a.config(), kube.Options{}, slog.Default()); err == nil {
 		t.Error("a daemon without a name")
 	}
 }

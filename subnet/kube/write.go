@@ -14,8 +14,9 @@ import (
 // manager is how the API server records whose a field is.
 const manager = "tweed"
 
-// writeTimeout bounds one write with all that belongs to it.
-const writeTimeout = 10 * time.Second
+// writeTimeout bounds one write with all that belongs to it. A server that takes half a minute for an answer is slow, not
+// away: with less patience no write to it would ever be known to be done.
+const writeTimeout = 45 * time.Second
 
 // A change makes one PATCH of a Node at that version, unless it is as wanted already, and returns the version after it.
 type change func(context.Context, version) (version, error)
@@ -27,7 +28,7 @@ func (s *Source) write(ctx context.Context, what, resource string, change change
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(s.quiet(ctx), writeTimeout)
+	ctx, cancel := context.WithTimeout(s.quiet(ctx), s.patience)
 	defer cancel()
 	after, err := change(ctx, have)
 	if isStale(err) {
@@ -59,7 +60,7 @@ func (s *Source) explainWrite(what, resource string, err error) error {
 		return fmt.Errorf("cannot %s node %s: the API server at %s refuses it, perhaps by an admission policy: %w",
 			what, s.node, s.server, err)
 	case errors.Is(err, context.DeadlineExceeded):
-		err = fmt.Errorf("no answer in %v", writeTimeout)
+		err = fmt.Errorf("no answer in %v", s.patience)
 	}
 	return fmt.Errorf("cannot %s node %s: %w", what, s.node, explain("patch", resource, s.server, err))
 }

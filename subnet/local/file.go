@@ -34,12 +34,13 @@ type file struct {
 	Host    string          `json:"host,omitempty"`
 	Backend string          `json:"backend,omitempty"`
 	Data    json.RawMessage `json:"backend-data,omitempty"`
+	Network string          `json:"network,omitempty"`
 	Sources string          `json:"sources,omitempty"`
 }
 
 func (f file) record() subnet.Record {
 	return subnet.Record{
-		Subnets: f.Subnets, Host: f.Host, Backend: f.Backend, Data: string(f.Data), Sources: f.Sources,
+		Subnets: f.Subnets, Host: f.Host, Backend: f.Backend, Data: string(f.Data), Network: f.Network, Sources: f.Sources,
 	}
 }
 
@@ -48,7 +49,7 @@ func (f file) published() bool { return f.Host != "" || f.Backend != "" || len(f
 
 // says reports whether the file publishes what r does, subnets left aside.
 func (f file) says(r subnet.Record) bool {
-	return f.Host == r.Host && f.Backend == r.Backend && string(f.Data) == r.Data
+	return f.Host == r.Host && f.Backend == r.Backend && string(f.Data) == r.Data && f.Network == r.Network
 }
 
 // dnsSubdomain is the form of a Node's name (RFC 1123, section 2.1), which is also safe as that of a file.
@@ -67,7 +68,7 @@ func decode(b []byte) (file, error) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&f); err != nil {
-		return f, fmt.Errorf("%s is not a lease: %w", subnet.Quote(string(b)), err)
+		return f, fmt.Errorf("%s is not a lease: %s", subnet.Quote(string(b)), terse(err))
 	}
 	if _, err := d.Token(); err != io.EOF {
 		return f, fmt.Errorf("%s is followed by something else", subnet.Quote(string(b)))
@@ -83,6 +84,15 @@ func decode(b []byte) (file, error) {
 		f.Data = data.Bytes()
 	}
 	return f, nil
+}
+
+// terse is what err says, without the end where it repeats a long value.
+func terse(err error) string {
+	const most = 120
+	if s := err.Error(); len(s) > most {
+		return strings.ToValidUTF8(s[:most], "") + "..."
+	}
+	return err.Error()
 }
 
 func encode(f file) ([]byte, error) {
@@ -176,6 +186,14 @@ func readAll(dir string) ([]entry, error) {
 		}
 	}
 	return entries, nil
+}
+
+// standings are what the nodes hold and accept.
+func standings(entries []entry) (all subnet.Listing) {
+	for _, e := range entries {
+		all = append(all, subnet.Standing{Node: e.node, Subnets: e.file.Subnets, Network: e.file.Network})
+	}
+	return all
 }
 
 func listOf(entries []entry) (leases []subnet.Lease, problems []subnet.Problem) {

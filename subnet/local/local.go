@@ -8,7 +8,8 @@
 //	  "subnets": "10.244.3.0/24,fd00:10:244:3::/64",
 //	  "host": "192.0.2.13,2001:db8::13",
 //	  "backend": "vxlan",
-//	  "backend-data": {"vni": 1, "port": 8472, "mac": "0e:00:00:00:00:03"}
+//	  "backend-data": {"vni": 1, "port": 8472, "mac": "0e:00:00:00:00:03"},
+//	  "network": "10.244.0.0/16,fd00:10:244::/48"
 //	}
 //
 // The first three keys are the lease, with the time at which it was taken; the others are what the node published. A
@@ -44,14 +45,16 @@ const (
 
 // A Directory offers the leases in a directory, and leases and publishes those of one node.
 type Directory struct {
-	dir     string
-	node    string
-	network subnet.Network
-	log     *slog.Logger
+	dir   string
+	node  string
+	log   *slog.Logger
+	grown chan struct{} // network has changed
 
 	mu      sync.Mutex
-	current bool // the directory is watched: nothing has changed that is not in list
-	known   bool // list is one
+	network subnet.Network
+	waited  time.Time // when first only such subnets of network were free as not all nodes accept; zero before
+	current bool      // the directory is watched: nothing has changed that is not in list
+	known   bool      // list is one
 	list    subnet.List
 	self    subnet.Node
 	selfErr error // why self is not known
@@ -71,9 +74,27 @@ func New(dir, node string, network subnet.Network, log *slog.Logger) (*Directory
 	if err != nil {
 		return nil, err
 	}
-	d := &Directory{dir: dir, node: node, network: network, log: log}
+	d := &Directory{dir: dir, node: node, network: network, log: log, grown: make(chan struct{}, 1)}
 	d.selfErr = fmt.Errorf("waiting for the leases in %s to be read", dir)
 	return d, nil
+}
+
+// Grow has subnets leased of network from now on, and a family that is new in it leased as well.
+func (d *Directory) Grow(network subnet.Network) {
+	d.mu.Lock()
+	d.network, d.waited = network, time.Time{}
+	d.mu.Unlock()
+	select {
+	case d.grown <- struct{}{}:
+	default:
+	}
+}
+
+// pods returns the pod network.
+func (d *Directory) pods() subnet.Network {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.network
 }
 
 // ListOnce reads the leases in dir once.
@@ -142,7 +163,7 @@ func (d *Directory) watch(ctx context.Context, ring func()) error {
 // there are.
 func (d *Directory) await(ctx context.Context, w *fsnotify.Watcher) error {
 	var again <-chan time.Time
-	if _, err := d.Self(); err != nil {
+	if self, err := d.Self(); err != nil || !d.isComplete(self.Subnets) {
 		again = time.After(leaseRetry)
 	}
 	for changed := false; ; {
@@ -153,6 +174,8 @@ func (d *Directory) await(ctx context.Context, w *fsnotify.Watcher) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-again:
+			return nil
+		case <-d.grown:
 			return nil
 		case e := <-w.Events:
 			if e.Name == d.dir && e.Has(fsnotify.Remove|fsnotify.Rename) {
@@ -186,7 +209,7 @@ func (d *Directory) refresh(ctx context.Context, ring func()) error {
 		if entries, err = readAll(d.dir); err != nil {
 			return err
 		}
-		if selfErr == nil {
+		if selfErr == nil || isLater(selfErr) && len(self.Subnets) > 0 {
 			self, selfErr = d.recorded(entries)
 		}
 	}
@@ -216,8 +239,9 @@ func (d *Directory) recorded(entries []entry) (subnet.Node, error) {
 			path, subnet.FieldSubnets, err)
 	}
 	for _, s := range subnets {
-		r, ok := d.network.Range(s.Addr())
-		if !ok || !d.network.Contains(s) || s.Bits() != r.Len {
+		network := d.pods()
+		r, ok := network.Range(s.Addr())
+		if !ok || !network.Contains(s) || s.Bits() != r.Len {
 			return subnet.Node{}, fmt.Errorf("node %s holds the lease %s, which is not one of the network %s; restore the "+
 				"network in net-conf.json, or delete %s and have another subnet leased", d.node, s, d.describe(), path)
 		}
@@ -227,7 +251,7 @@ func (d *Directory) recorded(entries []entry) (subnet.Node, error) {
 
 func (d *Directory) describe() string {
 	text := ""
-	for _, r := range d.network {
+	for _, r := range d.pods() {
 		if text != "" {
 			text += " and "
 		}
@@ -238,7 +262,7 @@ func (d *Directory) describe() string {
 
 // isComplete reports whether subnets has one of each family of the network.
 func (d *Directory) isComplete(subnets []netip.Prefix) bool {
-	return !slices.ContainsFunc(d.network, func(r subnet.Range) bool {
+	return !slices.ContainsFunc(d.pods(), func(r subnet.Range) bool {
 		_, ok := subnetOf(r, subnets)
 		return !ok
 	})
@@ -252,8 +276,8 @@ func subnetOf(r subnet.Range, subnets []netip.Prefix) (netip.Prefix, bool) {
 	return subnets[i], true
 }
 
-// lease returns this node's file, after it has taken a free subnet of each family in which the node had none. It is for
-// the holder of the lock.
+// lease returns this node's file, after it has taken a free subnet of each family in which the node had none. Where that
+// is better done later, the error isLater, and the file is as it was. It is for the holder of the lock.
 func (d *Directory) lease() (file, error) {
 	if err := removeTemps(d.dir); err != nil {
 		return file{}, fmt.Errorf("cleaning up in %s: %w", d.dir, err)
@@ -277,7 +301,7 @@ func (d *Directory) lease() (file, error) {
 	}
 	subnets, err := d.choose(entries, held.Subnets)
 	if err != nil {
-		return file{}, err
+		return f, err
 	}
 	f.Subnets = subnet.RecordOf(asLeases(subnets)).Subnets
 	if err := write(d.dir, f); err != nil {
@@ -308,7 +332,7 @@ func (d *Directory) choose(entries []entry, held []netip.Prefix) ([]netip.Prefix
 	}
 	before, _ := d.Self()
 	var subnets []netip.Prefix
-	for _, r := range d.network {
+	for _, r := range d.pods() {
 		if s, ok := subnetOf(r, held); ok {
 			subnets = append(subnets, s)
 			continue
@@ -318,7 +342,10 @@ func (d *Directory) choose(entries []entry, held []netip.Prefix) ([]netip.Prefix
 			subnets = append(subnets, s)
 			continue
 		}
-		s, ok := first(r, d.node, taken)
+		s, ok, err := d.pick(r, taken, standings(entries))
+		if err != nil {
+			return nil, err
+		}
 		if !ok {
 			return nil, fmt.Errorf("no subnet is free for node %s: all %d of length /%d in %s are leased, the longest %s; "+
 				"delete the files of nodes that are gone from %s, or configure a larger network",
@@ -327,6 +354,30 @@ func (d *Directory) choose(entries []entry, held []netip.Prefix) ([]netip.Prefix
 		subnets = append(subnets, s)
 	}
 	return subnets, nil
+}
+
+// A laterError says why subnets that are free are not leased yet.
+type laterError struct{ error }
+
+func isLater(err error) bool { return errors.As(err, new(laterError)) }
+
+// pick chooses a free subnet, if possible of those that all nodes accept.
+func (d *Directory) pick(r subnet.Range, taken []netip.Prefix, all subnet.Listing) (s netip.Prefix, ok bool, err error) {
+	parts, by := all.Unaccepted(r, d.node)
+	if s, ok = first(r, d.node, slices.Concat(taken, parts)); ok || len(parts) == 0 {
+		return s, ok, nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if s, ok = first(r, d.node, taken); ok {
+		if d.waited.IsZero() {
+			d.waited = time.Now()
+		}
+		if time.Since(d.waited) < subnet.AcceptPatience {
+			return s, false, laterError{errors.New(subnet.NotAccepted(r, by))}
+		}
+	}
+	return s, ok, nil
 }
 
 func first(r subnet.Range, node string, taken []netip.Prefix) (netip.Prefix, bool) {
@@ -433,13 +484,13 @@ func (d *Directory) Publish(ctx context.Context, leases []subnet.Lease) error {
 	}
 	err := locked(ctx, d.dir, func() error {
 		f, err := d.lease()
-		if err != nil {
+		if err != nil && (f.Subnets == "" || !isLater(err)) {
 			return err
 		}
 		if err := checkHeld(entry{file: f}.subnets(), leases); err != nil {
 			return err
 		}
-		f.Host, f.Backend, f.Data = want.Host, want.Backend, []byte(want.Data)
+		f.Host, f.Backend, f.Data, f.Network = want.Host, want.Backend, []byte(want.Data), want.Network
 		return write(d.dir, f)
 	})
 	if err != nil {

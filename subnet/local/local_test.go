@@ -560,9 +560,13 @@ func TestNamesThatCannotBeFiles(t *testing.T) {
 // Whatever a file says, it is a peer, a lease or a Problem of the node that the file is named for.
 func FuzzFile(f *testing.F) {
 	f.Add([]byte(peer("n1", "10.244.30.0/24", "192.0.2.1")))
+	f.Add([]byte(accepting("n1", "10.244.30.0/24", "192.0.2.1", "10.244.0.0/16,fd00::/48")))
+	f.Add([]byte(accepting("n1", "10.244.30.0/24", "192.0.2.1", "10.244.0.0/16,10.0.0.0/8")))
 	f.Add([]byte(`{"node":"n1","since":"2026-03-01T12:00:00Z","subnets":"10.244.30.0/24"}`))
 	f.Add([]byte(`{"node":"n1","since":"2026-03-01T12:00:00Z","subnets":"","backend-data":null}`))
 	f.Add([]byte("{}{"))
+	f.Add([]byte(`{"node":"n1","since":"` + strings.Repeat("x", 1000) + `"}`))
+	f.Add([]byte(`{"` + strings.Repeat("x", 1000) + `":1}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		dir := t.TempDir()
 		put(t, dir, "n1.json", string(b))
@@ -576,9 +580,69 @@ func FuzzFile(f *testing.F) {
 			}
 		}
 		for _, p := range list.Problems {
-			if p.Node != "n1" || len(p.Text) > 600 {
+			if p.Node != "n1" || len(p.Text) > 600 || strings.ContainsFunc(p.Text, func(r rune) bool { return r < ' ' }) {
 				t.Errorf("problem %+v", p)
 			}
 		}
 	})
+}
+
+func accepting(name, prefix, host, networks string) string {
+	return strings.Replace(peer(name, prefix, host), "}}", fmt.Sprintf(`},"network":%q}`, networks), 1)
+}
+
+func TestNetworkGrowsByAFamily(t *testing.T) {
+	dir := t.TempDir()
+	n4, dual := network("10.244.0.0/16"), network("10.0.0.0/8", "fd00:10:244::/48")
+	dual[0].Len, dual[0].Min = 24, netip.MustParsePrefix("10.0.0.0/24")
+	put(t, dir, "n2.json", accepting("n2", "10.244.2.0/24", "192.0.2.2", "10.244.0.0/16"))
+	d := start(t, dir, "n1", n4)
+	before := d.awaitSelf()
+	d.publish("192.0.2.1")
+	d.Grow(dual)
+
+	// n2 does not accept leases of the new family yet, and has to learn that n1 does.
+	leases := published(before, "192.0.2.1")
+	leases[0].Accepts = dual.Prefixes()
+	if err := d.Publish(t.Context(), leases); err != nil {
+		t.Fatal(err)
+	}
+	d.await("what n1 accepts", func() bool {
+		list, _ := d.List()
+		return len(list.Leases) == 2 && slices.Equal(list.Leases[0].Accepts, dual.Prefixes())
+	})
+	if self := mustSelf(t, d); !slices.Equal(self.Subnets, before.Subnets) {
+		t.Errorf("%v became %v before n2 accepts it", before.Subnets, self.Subnets)
+	}
+
+	put(t, dir, "n2.json", accepting("n2", "10.244.2.0/24", "192.0.2.2", "10.0.0.0/8,fd00:10:244::/48"))
+	d.await("a lease of both families", func() bool { return len(mustSelf(t, d).Subnets) == 2 })
+	if self := mustSelf(t, d); self.Subnets[0] != before.Subnets[0] {
+		t.Errorf("%v became %v", before.Subnets, self.Subnets)
+	}
+}
+
+func TestNodeLeasesWhatOthersAccept(t *testing.T) {
+	dir := t.TempDir()
+	put(t, dir, "n2.json", accepting("n2", "10.244.2.0/24", "192.0.2.2", "10.244.2.0/23"))
+	d := start(t, dir, "n1", network("10.244.0.0/16"))
+	if got := d.awaitSelf().Subnets; fmt.Sprint(got) != "[10.244.3.0/24]" {
+		t.Errorf("leased %v", got)
+	}
+	late := start(t, dir, "late", network("10.244.0.0/16"))
+	late.awaitErr("every free subnet of 10.244.0.0/16 is one that not all nodes accept yet, because their pod network " +
+		"does not hold it: n2")
+	drop(t, dir, "n2.json")
+	late.awaitSelf()
+}
+
+// No file changes when the network grows on a machine of its own.
+func TestNetworkGrowsWhileNothingElseHappens(t *testing.T) {
+	d := start(t, t.TempDir(), "n1", network("10.244.0.0/16"))
+	before := d.awaitSelf()
+	d.Grow(network("10.244.0.0/16", "fd00:10:244::/48"))
+	d.await("a lease of both families", func() bool { return len(mustSelf(t, d).Subnets) == 2 })
+	if self := mustSelf(t, d); self.Subnets[0] != before.Subnets[0] {
+		t.Errorf("%v became %v", before.Subnets, self.Subnets)
+	}
 }
