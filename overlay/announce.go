@@ -42,6 +42,7 @@ const (
 	reasonNoSubnet      = "NoPodSubnet"
 	reasonNoUplink      = "NoUplink"
 	reasonOverlap       = "NetworkHoldsNode"
+	reasonRefused       = "NetworkRefused"
 	reasonUnreadable    = "HostNotReadable"
 )
 
@@ -55,6 +56,7 @@ func reasonOf(kind string) string {
 		subnet.KindKernel:     "KernelRefused",
 		subnet.KindPublish:    "NotPublished",
 		subnet.KindPods:       "PodsAffected",
+		subnet.KindConfig:     "ConfigNotInForce",
 	}
 	return cmp.Or(reasons[kind], "Problem")
 }

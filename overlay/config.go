@@ -19,6 +19,8 @@ type Config struct {
 	Backend BackendConfig
 	// Underlay is the address family that carries the tunnel, 4 or 6; 0 for that of the node's first address.
 	Underlay int
+	// SubnetSource says where a Kubernetes node's subnets come from.
+	SubnetSource subnet.Origin
 }
 
 // BackendConfig says how packets reach other nodes.
@@ -136,9 +138,10 @@ func (f familyDraft) key(field string) string {
 
 func newDraft() *draft {
 	return &draft{
-		Config: Config{Backend: BackendConfig{
-			Type: vxlan.Name, VNI: defaultVNI, Port: defaultPort, ChecksumOffload: "auto",
-		}},
+		Config: Config{
+			Backend:      BackendConfig{Type: vxlan.Name, VNI: defaultVNI, Port: defaultPort, ChecksumOffload: "auto"},
+			SubnetSource: subnet.OriginAuto,
+		},
 		ipv4:  familyDraft{version: 4, enabled: true},
 		ipv6:  familyDraft{version: 6},
 		given: map[string]string{},

@@ -32,7 +32,8 @@ func TestConfigThatCannotBeUsed(t *testing.T) {
 		{`{"network": "10.244.0.0/16"}`, "network: unknown key; did you mean Network? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "SubnetLenn": 24}`, "SubnetLenn: unknown key; did you mean SubnetLen?"},
 		{`{"Network": "10.244.0.0/16", "Colour": "blue"}`, "Colour: unknown key; known are Backend, EnableIPv4, EnableIPv6, " +
-			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, Reserved, SubnetLen, SubnetMax, SubnetMin, Underlay"},
+			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, Reserved, SubnetLen, SubnetMax, SubnetMin, " +
+			"SubnetSource, Underlay"},
 		{`{"Network": "10.244.0.0/16", "Backend": {"Vni": 1}}`,
 			"Backend.Vni: unknown key; did you mean VNI? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "Network": "10.244.0.0/16"}`,
@@ -109,6 +110,12 @@ SubnetLen 24: means nothing without IPv4; set "EnableIPv4": true, or remove the 
 
 		// Underlay and backend.
 		{`{"Network": "10.244.0.0/16", "Underlay": "IPv6"}`, `Underlay "IPv6": want "ipv4" or "ipv6"`},
+		{`{"Network": "10.244.0.0/16", "SubnetSource": "Lease"}`,
+			`SubnetSource "Lease": want "auto", "node-spec" or "lease"`},
+		{`{"Network": "10.244.0.0/16", "SubnetSource": ""}`, `SubnetSource "": want "auto", "node-spec" or "lease"`},
+		{`{"Network": "10.244.0.0/16", "SubnetSource": null}`, `SubnetSource null: want "auto", "node-spec" or "lease"`},
+		{`{"Network": "10.244.0.0/16", "subnetSource": "lease"}`,
+			"subnetSource: unknown key; did you mean SubnetSource? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "Backend": {"Type": "VXLAN"}}`, `Backend.Type "VXLAN": want "vxlan"`},
 		{`{"Network": "10.244.0.0/16", "Backend": {"Type": "host-gw"}}`,
 			`Backend.Type "host-gw": a backend of flannel that is not here: not served yet; "vxlan" is`},
@@ -160,7 +167,8 @@ func TestSmallestConfigIsCompletedByDefaults(t *testing.T) {
 	if want := (BackendConfig{Type: "vxlan", VNI: 1, Port: 8472, ChecksumOffload: "auto"}); c.Backend != want {
 		t.Errorf("backend is %+v", c.Backend)
 	}
-	if len(c.Network) != 1 || c.Network[0].Len != 24 || c.Network[0].Count() != 256 || c.Underlay != 0 {
+	if len(c.Network) != 1 || c.Network[0].Len != 24 || c.Network[0].Count() != 256 || c.Underlay != 0 ||
+		c.SubnetSource != subnet.OriginAuto {
 		t.Errorf("%+v", c)
 	}
 }
@@ -172,6 +180,7 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 		"IPv6Network": "fc00::/7", "IPv6SubnetLen": 80, "IPv6SubnetMin": "fc00:1::", "IPv6SubnetMax": "fc00:2::",
 		"Reserved": ["10.11.0.0/16", "fc00:1:1::/48", "10.12.0.0/16"],
 		"Underlay": "ipv6",
+		"SubnetSource": "lease",
 		"Backend": {
 			"Type": "vxlan", "VNI": 16777215, "Port": 4789, "MTU": 9000, "DirectRouting": false, "ChecksumOffload": "off"
 		}
@@ -196,8 +205,8 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 		t.Errorf("network is %+v\nwant %+v", c.Network, want)
 	}
 	backend := BackendConfig{Type: "vxlan", VNI: 16777215, Port: 4789, MTU: 9000, ChecksumOffload: "off"}
-	if c.Backend != backend || c.Underlay != 6 {
-		t.Errorf("backend is %+v, underlay %d", c.Backend, c.Underlay)
+	if c.Backend != backend || c.Underlay != 6 || c.SubnetSource != subnet.OriginLease {
+		t.Errorf("backend is %+v, underlay %d, subnets by %s", c.Backend, c.Underlay, c.SubnetSource)
 	}
 }
 
@@ -301,16 +310,21 @@ func FuzzParseConfig(f *testing.F) {
 	for _, e := range documented(f) {
 		f.Add([]byte(e))
 	}
+	f.Add([]byte(`{"` + strings.Repeat("x", 1000) + `": {}}`))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		c, err := ParseConfig(text)
 		if err != nil {
-			if strings.TrimSpace(err.Error()) == "" {
-				t.Error("an error without words")
+			unfit := func(r rune) bool { return r < ' ' }
+			for line := range strings.Lines(err.Error()) {
+				line = strings.TrimSuffix(line, "\n")
+				if strings.TrimSpace(line) == "" || len(line) > 600 || strings.ContainsFunc(line, unfit) {
+					t.Errorf("unfit to print: %q", line)
+				}
 			}
 			return
 		}
 		if len(c.Network) == 0 || c.Backend.Type != "vxlan" || c.Backend.VNI == 0 || c.Backend.VNI >= 1<<24 ||
-			c.Backend.Port == 0 || c.Backend.DirectRouting || c.Backend.ChecksumOffload == "" {
+			c.Backend.Port == 0 || c.SubnetSource == "" || c.Backend.DirectRouting || c.Backend.ChecksumOffload == "" {
 			t.Errorf("accepted: %+v", c)
 		}
 		for _, r := range c.Network {

@@ -26,6 +26,8 @@ func (d *draft) keys() map[string]setter {
 		"EnableIPv6": boolean(&d.ipv6.enabled),
 		"Reserved":   reserved(&d.reserved),
 		"Underlay":   underlay(&d.Underlay),
+		"SubnetSource": oneOf([]subnet.Origin{subnet.OriginAuto, subnet.OriginNodeSpec, subnet.OriginLease},
+			&d.SubnetSource),
 		"Backend": func(v json.RawMessage) error {
 			d.object("Backend", v, d.backendKeys(), flannelBackendKeys())
 			return nil
@@ -151,7 +153,17 @@ func (d *draft) set(path, key string, value json.RawMessage, known map[string]se
 		d.fail(full, "a key of flannel that has no meaning here: %s", what)
 		return
 	}
+	if !plain(full) {
+		full = subnet.Quote(full)
+	}
 	d.fail(full, "unknown key; %s", suggest(key, slices.Sorted(maps.Keys(known))))
+}
+
+// plain reports whether a key can be shown as it is: one short word.
+func plain(key string) bool {
+	const most = 60
+	odd := func(r rune) bool { return r <= ' ' || r > '~' }
+	return key != "" && len(key) <= most && !strings.ContainsFunc(key, odd)
 }
 
 // suggest names the key that was probably meant, or else all.
@@ -259,15 +271,31 @@ func text(v json.RawMessage) string {
 	return s
 }
 
-func oneOf(choices []string, to *string) setter {
+func oneOf[S ~string](choices []S, to *S) setter {
 	return func(v json.RawMessage) error {
-		s := text(v)
+		s := S(text(v))
 		if !slices.Contains(choices, s) {
-			return fmt.Errorf(`want "%s"`, strings.Join(choices, `" or "`))
+			return fmt.Errorf("want %s", alternatives(choices))
 		}
 		*to = s
 		return nil
 	}
+}
+
+// alternatives is a list of choices, as in "a", "b" or "c".
+func alternatives[S ~string](choices []S) string {
+	list := ""
+	for i, c := range choices {
+		switch {
+		case i == 0:
+		case i == len(choices)-1:
+			list += " or "
+		default:
+			list += ", "
+		}
+		list += strconv.Quote(string(c))
+	}
+	return list
 }
 
 func underlay(to *int) setter {

@@ -6,6 +6,7 @@ package overlay
 
 import (
 	"context"
+	"net/netip"
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
@@ -28,12 +29,17 @@ type Publisher interface {
 	Self() (subnet.Node, error)
 	// Publish records the leases of this node for the others to see. It writes nothing where they stand already.
 	Publish(ctx context.Context, leases []subnet.Lease) error
+	// Grow makes network the one that subnets are leased of. It holds the one before, unless this node has not been
+	// planned for yet.
+	Grow(network subnet.Network)
 }
 
 // Kernel is this host's network.
 type Kernel interface {
 	// Interfaces lists what an uplink can be chosen from.
 	Interfaces(ctx context.Context) ([]backend.Interface, error)
+	// RouteTo tells how a packet to addr would leave; the path is the zero one where nothing leads there.
+	RouteTo(ctx context.Context, addr netip.Addr) (backend.Path, error)
 	// RouterAdvertised lists devices whose routes come from router advertisements that the kernel will stop to take
 	// once it forwards.
 	RouterAdvertised(ctx context.Context) ([]string, error)

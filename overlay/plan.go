@@ -27,10 +27,13 @@ const staleSuffix = "; what was in force stays"
 // BridgeName is the bridge that this node's pods are ports of.
 const BridgeName = "tweed0"
 
-// A Planner works out what a pass has to do. It changes nothing. It is not safe for use by several goroutines.
+// A Planner works out what a pass has to do. It changes nothing on the host, and is not safe for use by several
+// goroutines.
 type Planner struct {
+	// Config is what is in force. A network that has grown in the file NetConf comes into force with the next plan.
 	Config    Config
-	Iface     string // uplink asked for; empty to find one
+	NetConf   string // where Config was read; empty where it is not followed
+	Choice    UplinkChoice
 	Leases    Leases
 	Publisher Publisher
 	Kernel    Kernel
@@ -41,6 +44,8 @@ type Planner struct {
 
 	last    inputs  // of the last plan; kept in force where the next cannot be had
 	desired desired // what follows from last
+	netConf netConf
+	grown   subnet.Network // as Plan.Grown, until a plan tells of it
 }
 
 // A Plan is what one pass would do, and all that it was made from.
@@ -59,10 +64,13 @@ type Plan struct {
 	// Stale says what is not known of this node any more, so that what was in force stays, and nothing is published; nil
 	// where all is known.
 	Stale *Waiting
+	// Grown is the network, where it has come into force since the last plan; nil otherwise.
+	Grown subnet.Network
 }
 
 // inputs are what the desired state depends on.
 type inputs struct {
+	network    subnet.Network
 	node       subnet.Node
 	uplink     backend.Uplink
 	generation uint64
@@ -105,6 +113,10 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		}
 		return Plan{}, Waiting{For: "waiting for the first complete list of leases"}
 	}
+	changed, refused := p.reconfigure(list)
+	if refused != nil {
+		return Plan{}, *refused
+	}
 	in, stale, err := p.inputs(ctx, list)
 	if err != nil {
 		return Plan{}, err
@@ -118,6 +130,10 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	}
 	plan.Problems = append(plan.Problems, list.Problems...)
 	plan.Problems = append(plan.Problems, want.problems...)
+	if changed != "" {
+		plan.Problems = append(plan.Problems, subnet.Problem{
+			Node: in.node.Name, Kind: subnet.KindConfig, Text: changed})
+	}
 	if stale != nil {
 		plan.Problems = append(plan.Problems, subnet.Problem{
 			Node: in.node.Name, Kind: subnet.KindLease, Text: stale.For + staleSuffix})
@@ -139,6 +155,7 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		}
 		plan.Problems = append(plan.Problems, pr)
 	}
+	plan.Grown, p.grown = p.grown, nil
 	plan.Wanted = want.state.Len() + want.filter.Len()
 	plan.Found = have.Len() + rules.Len()
 	return plan, nil
@@ -151,7 +168,7 @@ func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stal
 	if err != nil {
 		return in, nil, fmt.Errorf("listing interfaces: %w", err)
 	}
-	in.node, in.uplink, stale = p.place(ifaces)
+	in.node, in.uplink, stale = p.place(ctx, ifaces)
 	if stale != nil {
 		stale.NoLease = len(ofNode(list.Leases, in.node.Name)) == 0
 		if p.last.node.Name == "" {
@@ -159,7 +176,7 @@ func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stal
 		}
 		in.node, in.uplink = p.last.node, p.last.uplink
 	}
-	in.generation = list.Generation
+	in.generation, in.network = list.Generation, p.Config.Network
 	if slices.ContainsFunc(in.node.Subnets, is6) {
 		if in.advertised, err = p.Kernel.RouterAdvertised(ctx); err != nil {
 			return in, nil, fmt.Errorf("listing routes by router advertisement: %w", err)
@@ -175,8 +192,8 @@ func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stal
 	return in, stale, nil
 }
 
-// place tells which node this is and where packets for others leave it.
-func (p *Planner) place(ifaces []backend.Interface) (subnet.Node, backend.Uplink, *Waiting) {
+// place tells which node this is, where packets for others leave it, and where theirs are to be sent.
+func (p *Planner) place(ctx context.Context, ifaces []backend.Interface) (subnet.Node, backend.Uplink, *Waiting) {
 	node, err := p.Publisher.Self()
 	if err == nil {
 		err = p.Config.checkSubnets(node)
@@ -184,11 +201,23 @@ func (p *Planner) place(ifaces []backend.Interface) (subnet.Node, backend.Uplink
 	if err != nil {
 		return node, backend.Uplink{}, &Waiting{For: err.Error(), Reason: reasonNoSubnet, NoNode: true}
 	}
-	up, err := chooseUplink(UplinkChoice{Iface: p.Iface, Family: p.Config.Underlay}, ifaces, node.Addrs)
+	f := finder{UplinkChoice: p.Choice, family: p.Config.Underlay, ifaces: ifaces, nodeAddrs: node.Addrs}
+	if f.Reach.IsValid() {
+		f.path, err = p.Kernel.RouteTo(ctx, f.Reach)
+	}
+	var up backend.Uplink
+	if err == nil {
+		up, err = f.uplink()
+	}
 	if err != nil {
 		return node, up, &Waiting{For: err.Error(), Reason: reasonNoUplink}
 	}
-	if err := p.Config.CheckAddrs(append(slices.Clone(node.Addrs), up.Addrs...)); err != nil {
+	held := slices.Concat(node.Addrs, up.Addrs)
+	up.Addrs = inPlace(up.Addrs, p.Choice.Public)
+	if node.HostOverride.IsValid() {
+		up.Addrs = inPlace(up.Addrs, []netip.Addr{node.HostOverride})
+	}
+	if err := p.Config.CheckAddrs(slices.Concat(held, up.Addrs)); err != nil {
 		return node, up, &Waiting{For: err.Error(), Reason: reasonOverlap}
 	}
 	return node, up, nil
@@ -226,8 +255,8 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 func own(in inputs, data json.RawMessage) (own []subnet.Lease) {
 	for _, s := range in.node.Subnets {
 		own = append(own, subnet.Lease{
-			Node: in.node.Name, Subnet: s, Host: in.uplink.Local, NodeAddrs: in.uplink.Addrs,
-			Backend: vxlan.Name, Data: data, Since: in.node.Since,
+			Node: in.node.Name, Subnet: s, Host: in.uplink.Addrs[0], NodeAddrs: in.uplink.Addrs,
+			Accepts: in.network.Prefixes(), Backend: vxlan.Name, Data: data, Since: in.node.Since,
 		})
 	}
 	return own

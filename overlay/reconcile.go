@@ -118,6 +118,9 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 		return r.report.Load().without(err)
 	}
 	r.uplinks.Store(&plan.Uplink.Devs)
+	if plan.Grown != nil {
+		r.log.Info("pod network changed", "network", listing(plan.Grown.Prefixes(), ","))
+	}
 	for _, op := range plan.Ops {
 		if op.What.Kind() == "sysctl" { // they are the host's more than ours, so each is told
 			r.log.Info("host setting", "command", op)

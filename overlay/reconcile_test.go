@@ -28,6 +28,7 @@ type cluster struct {
 	self    subnet.Node
 	selfErr error
 	refuse  error
+	network subnet.Network // as it has grown
 	ownLeases
 }
 
@@ -83,6 +84,8 @@ func (c *cluster) Publish(_ context.Context, leases []subnet.Lease) error {
 	c.writes++
 	return nil
 }
+
+func (c *cluster) Grow(network subnet.Network) { c.with(func(c *cluster) { c.network = network }) }
 
 func (c *cluster) set(leases ...subnet.Lease) {
 	c.mu.Lock()

@@ -10,104 +10,180 @@ import (
 	"tweed.dev/tweed/backend"
 )
 
-// UplinkChoice says how the uplink is to be found.
-type UplinkChoice struct {
-	// Iface is an interface's name; empty to find one.
-	Iface string
-	// Family is that of the underlay, 4 or 6; 0 for that of the first node address, or else for IPv4 where there is any.
-	Family int
+// A finder looks for the uplink in what there is.
+type finder struct {
+	UplinkChoice
+	// family is that of the underlay, 4 or 6; 0 for that of the first node address, or else for IPv4 where there is any.
+	family    int
+	ifaces    []backend.Interface
+	nodeAddrs []netip.Addr // by which the cluster knows this node
+	path      backend.Path // to Reach
 }
 
-// chooseUplink finds the interfaces and the address that carry packets to other nodes: the interface asked for, or the
-// one that holds an address of nodeAddrs, or the one that the default route leaves by.
-func chooseUplink(choice UplinkChoice, ifaces []backend.Interface, nodeAddrs []netip.Addr) (backend.Uplink, error) {
-	ifaces = slices.DeleteFunc(slices.Clone(ifaces), func(i backend.Interface) bool { return i.Ours })
-	if choice.Family == 0 && len(nodeAddrs) > 0 {
-		choice.Family = family(nodeAddrs[0])
+// found is an interface that is the uplink, or that holds the address of packets which leave by others.
+type found struct {
+	backend.Interface
+	why string // it is that one
+	// prefer are addresses that are to be published before others that it has.
+	prefer []netip.Addr
+}
+
+// uplink finds the interfaces and the address that carry packets to other nodes.
+func (f finder) uplink() (backend.Uplink, error) {
+	f.ifaces = slices.DeleteFunc(slices.Clone(f.ifaces), func(i backend.Interface) bool { return i.Ours })
+	if f.family == 0 && len(f.nodeAddrs) > 0 {
+		f.family = family(f.nodeAddrs[0])
 	}
-	iface, why, err := uplinkInterface(choice, ifaces, nodeAddrs)
+	iface, err := f.find()
 	if err != nil {
 		return backend.Uplink{}, err
 	}
-	addrs := publishable(iface, nodeAddrs)
-	if choice.Family == 0 && len(addrs) > 0 {
-		choice.Family = family(addrs[0])
+	addrs := publishable(iface.Interface, slices.Concat(iface.prefer, f.nodeAddrs))
+	if f.family == 0 && len(addrs) > 0 {
+		f.family = family(addrs[0])
 	}
-	local := slices.IndexFunc(addrs, func(a netip.Addr) bool { return family(a) == choice.Family })
+	local := slices.IndexFunc(addrs, func(a netip.Addr) bool { return family(a) == f.family })
 	if local < 0 {
 		return backend.Uplink{}, fmt.Errorf("uplink %s (%s) has no global %s address; give it one, "+
 			"or choose another interface with --iface, or another family with Underlay in net-conf.json",
-			iface.Name, why, familyName(choice.Family))
+			iface.Name, iface.why, familyName(f.family))
 	}
 	up := backend.Uplink{Devs: []string{iface.Name}, Local: addrs[local], Addrs: addrs, MTU: iface.MTU}
 	if local != 0 {
 		slices.Reverse(up.Addrs)
 	}
-	if iface.Name == "lo" { // an address that any uplink may carry
-		up.Devs, up.MTU = nil, 0
-		for _, i := range ifaces {
-			if i.Up && (i.Default4 || i.Default6) {
-				up.Devs = append(up.Devs, i.Name)
-				up.MTU = smaller(up.MTU, i.MTU)
-			}
+	if !iface.Stub {
+		return up, nil
+	}
+	return f.spread(up)
+}
+
+// spread makes the uplinks of one whose address is on lo or a dummy device: every interface that may carry its packets.
+func (f finder) spread(up backend.Uplink) (backend.Uplink, error) {
+	usable := func(i backend.Interface) bool { return i.Up && !i.Stub }
+	carry := func(i backend.Interface) bool { return usable(i) && (i.Default4 || i.Default6) }
+	if !slices.ContainsFunc(f.ifaces, carry) {
+		carry = usable // routing may know more exact routes
+	}
+	holder := up.Devs[0]
+	up.Devs, up.MTU, up.Routed = nil, 0, true
+	for _, i := range f.ifaces {
+		if carry(i) {
+			up.Devs = append(up.Devs, i.Name)
+			up.MTU = smaller(up.MTU, i.MTU)
 		}
-		if len(up.Devs) == 0 {
-			return backend.Uplink{}, fmt.Errorf("the node's address %s is on lo and no default route tells which "+
-				"interfaces carry it; choose one with --iface", up.Local)
-		}
+	}
+	if len(up.Devs) == 0 {
+		return backend.Uplink{}, fmt.Errorf("the node's address %s is on %s, and no interface is up that could carry "+
+			"packets from it; set one up, or choose another address's with --iface", up.Local, holder)
 	}
 	return up, nil
 }
 
-// uplinkInterface returns the interface, and why it is that one.
-func uplinkInterface(choice UplinkChoice, ifaces []backend.Interface, nodeAddrs []netip.Addr) (backend.Interface, string, error) {
-	find := func(ok func(backend.Interface) bool) (backend.Interface, bool) {
-		i := slices.IndexFunc(ifaces, ok)
-		if i < 0 {
-			return backend.Interface{}, false
-		}
-		return ifaces[i], true
+// find returns the interface that was asked for, or else the first that one could guess.
+func (f finder) find() (found, error) {
+	switch {
+	case f.Iface != "":
+		return f.named()
+	case f.Match != nil:
+		return f.matching()
+	case f.Reach.IsValid():
+		return f.reaching()
 	}
-	if choice.Iface != "" {
-		iface, ok := find(func(i backend.Interface) bool { return i.Name == choice.Iface })
-		if !ok {
-			return iface, "", fmt.Errorf("--iface %q: no such interface here; there are %s", choice.Iface, names(ifaces))
-		}
-		return iface, "chosen by --iface", nil
-	}
-	for _, a := range nodeAddrs {
-		if choice.Family != 0 && family(a) != choice.Family {
+	for _, a := range f.nodeAddrs {
+		if f.family != 0 && family(a) != f.family {
 			continue
 		}
-		if iface, ok := find(func(i backend.Interface) bool { return holds(i, a) }); ok {
-			return iface, "it holds the node's address " + a.String(), nil
+		if i, ok := f.first(func(i backend.Interface) bool { return holds(i, a) }); ok {
+			return found{Interface: i, why: "it holds the node's address " + a.String()}, nil
 		}
 	}
-	if iface, ok := find(func(i backend.Interface) bool {
-		return i.Default4 && choice.Family != 6 || i.Default6 && choice.Family != 4
+	if i, ok := f.first(func(i backend.Interface) bool {
+		return i.Default4 && f.family != 6 || i.Default6 && f.family != 4
 	}); ok {
-		return iface, "the default route leaves by it", nil
+		return found{Interface: i, why: "the default route leaves by it"}, nil
 	}
-	// Without a default route the choice is still clear where only one interface could carry packets to anybody.
+	return f.only()
+}
+
+func (f finder) first(ok func(backend.Interface) bool) (backend.Interface, bool) {
+	i := slices.IndexFunc(f.ifaces, ok)
+	if i < 0 {
+		return backend.Interface{}, false
+	}
+	return f.ifaces[i], true
+}
+
+func (f finder) named() (found, error) {
+	i, ok := f.first(func(i backend.Interface) bool { return i.Name == f.Iface })
+	if !ok {
+		return found{}, fmt.Errorf("--iface %q: no such interface here; there are %s", f.Iface, names(f.ifaces))
+	}
+	return found{Interface: i, why: "chosen by --iface"}, nil
+}
+
+// matching finds an interface by a pattern. One that is an address's is a wish for that address too.
+func (f finder) matching() (found, error) {
+	for _, i := range f.ifaces {
+		if f.Match.MatchString(i.Name) {
+			return found{Interface: i, why: "its name is matched by --iface-regex"}, nil
+		}
+		for _, p := range i.Addrs {
+			if a := p.Addr(); f.Match.MatchString(a.String()) {
+				why := fmt.Sprintf("its address %s is matched by --iface-regex", a)
+				return found{Interface: i, why: why, prefer: []netip.Addr{a}}, nil
+			}
+		}
+	}
+	return found{}, fmt.Errorf("--iface-regex %q: matches no interface's name and no address here; there are %s",
+		f.Match, withAddrs(f.ifaces))
+}
+
+// reaching finds the interface that packets to an address leave by, which on the host that has it is the one with it.
+func (f finder) reaching() (found, error) {
+	why := "packets to " + f.Reach.String() + " of --iface-can-reach leave by it"
+	if i, ok := f.first(func(i backend.Interface) bool { return holds(i, f.Reach) }); ok {
+		why = "it holds the address " + f.Reach.String() + " of --iface-can-reach"
+		return found{Interface: i, why: why, prefer: []netip.Addr{f.Reach}}, nil
+	}
+	if f.path.Dev == "" {
+		return found{}, fmt.Errorf("--iface-can-reach %q: no route leads there; give this node one, or name an address "+
+			"that it can reach", f.Reach)
+	}
+	i, ok := f.first(func(i backend.Interface) bool { return i.Name == f.path.Dev })
+	if !ok {
+		return found{}, fmt.Errorf("--iface-can-reach %q: packets to it leave by %s, which is of the pod network itself; "+
+			"name an address outside of it", f.Reach, f.path.Dev)
+	}
+	// Where routing gives the address of lo to packets, that is what they can be answered at.
+	if stub, ok := f.first(func(i backend.Interface) bool { return i.Stub && holds(i, f.path.Src) }); ok {
+		i = stub
+		why = "packets to " + f.Reach.String() + " of --iface-can-reach have its address"
+	}
+	return found{Interface: i, why: why, prefer: []netip.Addr{f.path.Src}}, nil
+}
+
+// only finds the interface where no other could carry packets to anybody.
+func (f finder) only() (found, error) {
 	var able []backend.Interface
-	for _, i := range ifaces {
-		if i.Up && i.Name != "lo" && len(publishable(i, nil)) > 0 {
+	for _, i := range f.ifaces {
+		if i.Up && !i.Stub && len(publishable(i, nil)) > 0 {
 			able = append(able, i)
 		}
 	}
 	if len(able) == 1 {
-		return able[0], "no other interface has an address", nil
+		return found{Interface: able[0], why: "no other interface has an address"}, nil
 	}
-	return backend.Interface{}, "", fmt.Errorf("no uplink: no interface holds %s, there is no default route, and %d "+
+	return found{}, fmt.Errorf("no uplink: no interface holds %s, there is no default route, and %d "+
 		"interfaces have an address; choose one with --iface (there are %s)",
-		cmp.Or(listing(nodeAddrs, " or "), "a node address"), len(able), names(ifaces))
+		cmp.Or(listing(f.nodeAddrs, " or "), "a node address"), len(able), names(f.ifaces))
 }
 
-// publishable returns the addresses of an interface that others can reach the node by, at most one a family. Those that
-// the cluster knows the node by come first.
-func publishable(iface backend.Interface, nodeAddrs []netip.Addr) []netip.Addr {
+// publishable returns the addresses of an interface that others can reach the node by, at most one a family. Those of
+// prefer come first.
+func publishable(iface backend.Interface, prefer []netip.Addr) []netip.Addr {
 	var all []netip.Addr
-	for _, a := range nodeAddrs {
+	for _, a := range prefer {
 		if holds(iface, a) {
 			all = append(all, a)
 		}
@@ -152,10 +228,18 @@ func names(ifaces []backend.Interface) string {
 	for _, i := range ifaces {
 		s = append(s, i.Name)
 	}
-	if len(s) == 0 {
-		return "none"
+	return cmp.Or(strings.Join(s, ", "), "none")
+}
+
+func withAddrs(ifaces []backend.Interface) string {
+	var s []string
+	for _, i := range ifaces {
+		s = append(s, i.Name)
+		for _, p := range i.Addrs {
+			s[len(s)-1] += " " + p.Addr().String()
+		}
 	}
-	return strings.Join(s, ", ")
+	return cmp.Or(strings.Join(s, ", "), "none")
 }
 
 // listing joins items for a sentence.

@@ -14,7 +14,7 @@ import (
 )
 
 // nodeList is what an API server has of two nodes, one of which is outside the pod network.
-const nodeList = `{"apiVersion":"meta.k8s.io/v1","kind":"PartialObjectMetadataList","metadata":{},"items":[
+const nodeList = `{"apiVersion":"meta.k8s.io/v1","kind":"PartialObjectMetadataList","metadata":{"resourceVersion":"7"},"items":[
 {"metadata":{"name":"n1","creationTimestamp":"2026-01-02T03:04:05Z","annotations":{
  "tweed.dev/subnets":"10.244.1.0/24","tweed.dev/host":"192.0.2.11","tweed.dev/backend":"vxlan",
  "tweed.dev/backend-data":"{\"vni\":1,\"port\":8472,\"mac\":\"0e:00:00:00:00:01\"}"}}},

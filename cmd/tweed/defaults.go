@@ -16,8 +16,9 @@ import (
 // flagsFile gives flags their defaults on this node, so that commands need none there: a line "name = value" each.
 const flagsFile = "/etc/tweed/flags"
 
-// sources are the flags that say where leases come from. One of them on the command line overrules all in the file.
-var sources = []string{"kubeconfig", "leases", "single-node"}
+// either lists the flags that say where leases come from, and those that choose the uplink. One of them on the command
+// line overrules all of its kind in the file.
+var either = [][]string{{"kubeconfig", "leases", "single-node"}, {"iface", "iface-regex", "iface-can-reach"}}
 
 // flagDefaults sets those flags of cmd that the file names and the command line does not.
 func flagDefaults(cmd *cobra.Command, path string) error {
@@ -32,8 +33,10 @@ func flagDefaults(cmd *cobra.Command, path string) error {
 
 	given := func(name string) bool { fl := cmd.Flags().Lookup(name); return fl != nil && fl.Changed }
 	overruled := map[string]bool{}
-	for _, s := range sources {
-		overruled[s] = slices.ContainsFunc(sources, given)
+	for _, kind := range either {
+		for _, name := range kind {
+			overruled[name] = slices.ContainsFunc(kind, given)
+		}
 	}
 	scan := bufio.NewScanner(f)
 	for n := 1; scan.Scan(); n++ {

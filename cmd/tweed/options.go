@@ -28,9 +28,10 @@ const (
 
 // options are the flags that say what this node is.
 type options struct {
-	node, netConf, iface string
+	node, netConf string
 	source
 	singleNode         bool
+	uplink             overlay.UplinkFlags
 	runDir, sysctlRoot string
 }
 
@@ -41,8 +42,18 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	o.source.addTo(fs)
 	fs.BoolVar(&o.singleNode, "single-node", false,
 		"run without Kubernetes and without other nodes: lease from "+singleNodeStore)
-	fs.StringVar(&o.iface, "iface", "",
-		"interface that carries packets to other nodes (default: the one with the node's address, then the default route's)")
+	fs.StringVar(&o.uplink.Iface, "iface", "",
+		"name of the interface that carries packets to other nodes (default: the one that holds the node's address, because "+
+			"the cluster knows the node by that; then the default route's)")
+	fs.StringVar(&o.uplink.Match, "iface-regex", "",
+		"instead of --iface, for nodes that name theirs differently: the first interface whose name, or one of whose "+
+			"addresses, this regular expression matches")
+	fs.StringVar(&o.uplink.Reach, "iface-can-reach", "",
+		"instead of --iface, where routing knows best: the interface that packets to this address leave by; asked again in "+
+			"each pass")
+	fs.StringVar(&o.uplink.PublicIP, "public-ip", "",
+		"address to tell other nodes, or one of each family with a comma in between, for a NAT in front of this node "+
+			"(default: the interface's own, which is right without a NAT)")
 	fs.StringVar(&o.runDir, "run-dir", podnet.DefaultRunDir, "where daemon and plugin meet; emptied by a reboot")
 	fs.StringVar(&o.sysctlRoot, "sysctl-root", defaultSysctlRoot(),
 		"where the host's /proc/sys is found; a container's own is read-only, so "+mountedSysctls+" where that is mounted")
@@ -77,6 +88,10 @@ func (e configError) Unwrap() error { return e.error }
 
 // planner puts together what a pass needs. done releases it.
 func (o *options) planner(log *slog.Logger, a access) (p *overlay.Planner, done func(), err error) {
+	choice, err := o.uplink.Parse()
+	if err != nil {
+		return nil, nil, err
+	}
 	cfg, err := overlay.LoadConfig(o.netConf)
 	if err != nil {
 		return nil, nil, configError{err}
@@ -90,7 +105,7 @@ func (o *options) planner(log *slog.Logger, a access) (p *overlay.Planner, done 
 		return nil, nil, err
 	}
 	return &overlay.Planner{
-		Config: cfg, Iface: o.iface, Leases: leases, Publisher: leases, Kernel: kern,
+		Config: cfg, NetConf: o.netConf, Choice: choice, Leases: leases, Publisher: leases, Kernel: kern,
 		RunDir: o.runDir, SysctlRoot: o.sysctlRoot,
 	}, func() { kern.Close() }, nil
 }
@@ -121,7 +136,10 @@ func (o *options) store(cfg overlay.Config, log *slog.Logger, a access) (store, 
 			"(spec.nodeName by the downward API)")
 	}
 	klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // what matters of it, kube says itself, and once
-	return kube.New(restConfig, name, log)
+	before, _ := podnet.ReadNodeInfo(o.runDir)        // of this boot; its pods keep their addresses if that is possible
+	return kube.New(restConfig, kube.Options{
+		Node: name, Origin: cfg.SubnetSource, Network: cfg.Network, Remembered: before.Subnets, ReadOnly: a == readOnly,
+	}, log)
 }
 
 func openDirectory(dir, name string, cfg overlay.Config, log *slog.Logger, a access) (store, error) {

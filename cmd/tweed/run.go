@@ -59,7 +59,7 @@ and keep the VXLAN device, the bridge, routes and packet filter as they have to 
 
 On a Kubernetes node the leases are annotations of Node objects; elsewhere give --single-node,
 or --leases for machines that share a directory. Ending the daemon takes nothing away: pods stay
-connected. 127.0.0.1:9479 answers /healthz, /readyz and /report.`,
+connected. 127.0.0.1:9479 answers /healthz, /readyz, /report and /leases.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			level := slog.LevelInfo

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/util/duration"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -51,28 +53,23 @@ func statusCommand() *cobra.Command {
 network is leased. Which leases are good is judged by net-conf.json, or else by what the cluster
 has of it in ConfigMap ` + configMap + `.
 
+On a node it also tells how the daemon fares; and while the API server does not answer, it shows
+the leases that this daemon has.
+
 Exit status: 0 all is well, 2 something is wrong, 1 error.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !slices.Contains([]string{"", "wide", "json", "yaml"}, output) {
 				return fmt.Errorf("--output %q: it is wide, json or yaml, or not given for a table", output)
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), patience)
-			defer cancel()
-			list, err := s.list(ctx)
+			st, err := s.status(cmd.Context(), netConf, cmd.Flags().Changed("net-conf"))
 			if err != nil {
 				return err
 			}
-			cfg, unknown, err := s.config(ctx, netConf, cmd.Flags().Changed("net-conf"))
-			if err != nil {
-				return err
-			}
-			st := newStatus(list, cfg)
-			st.unknown = unknown
 			if err := st.print(cmd.OutOrStdout(), output, time.Now()); err != nil {
 				return err
 			}
-			if len(st.Problems) > 0 {
+			if !st.isWell() {
 				return exitStatus(2)
 			}
 			return nil
@@ -87,6 +84,36 @@ Exit status: 0 all is well, 2 something is wrong, 1 error.`,
 	return cmd
 }
 
+// status reads all leases once and judges them by the configuration at netConf; asked is set where that was asked for.
+func (s *source) status(ctx context.Context, netConf string, asked bool) (status, error) {
+	short, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	daemon := daemonHere(ctx)
+	list, err := s.list(short)
+	var away awayError
+	if errors.As(err, &away) && daemon != nil {
+		if list, err = leasesHere(ctx); err != nil {
+			return status{}, fmt.Errorf("%w; %w", away, err)
+		}
+	}
+	if err != nil {
+		return status{}, err
+	}
+	cfg, unknown, err := s.config(short, netConf, asked)
+	if err != nil {
+		return status{}, err
+	}
+	st := newStatus(list, cfg)
+	st.unknown, st.Daemon = unknown, daemon
+	if away.error != nil {
+		st.Away = away.Error()
+	}
+	return st, nil
+}
+
+// An awayError is why an API server could not be asked.
+type awayError struct{ error }
+
 // list reads all leases once.
 func (s *source) list(ctx context.Context) (subnet.List, error) {
 	if s.leases != "" {
@@ -96,7 +123,12 @@ func (s *source) list(ctx context.Context) (subnet.List, error) {
 	if err != nil {
 		return subnet.List{}, err
 	}
-	return kube.ListOnce(ctx, cfg)
+	list, err := kube.ListOnce(ctx, cfg)
+	var refusal apierrors.APIStatus
+	if err != nil && (!errors.As(err, &refusal) || refusal.Status().Code >= http.StatusInternalServerError) {
+		err = awayError{err}
+	}
+	return list, err
 }
 
 // config reads the pod network's configuration: the file at path, or else, where that was not asked for, what the cluster
@@ -145,6 +177,10 @@ type status struct {
 	Network []subnet.Usage `json:"network,omitempty"`
 	// Problems are those of all nodes.
 	Problems []subnet.Problem `json:"problems"`
+	// Daemon is how this node's daemon fares; absent where none answers.
+	Daemon *daemonStatus `json:"daemon,omitempty"`
+	// Away is why the API server could not be asked. The leases are those that this node's daemon has then.
+	Away string `json:"apiServerAway,omitempty"`
 
 	unknown error // why there is no configuration to judge by
 }
@@ -161,6 +197,10 @@ type nodeStatus struct {
 	Since     time.Time       `json:"since,omitzero"`
 	// Problems are the texts of this node's problems.
 	Problems []string `json:"problems"`
+}
+
+func (st status) isWell() bool {
+	return len(st.Problems) == 0 && st.Away == "" && (st.Daemon == nil || st.Daemon.Converged && st.Daemon.Waiting == "")
 }
 
 // newStatus judges a list of leases by cfg; without one, only what cannot be read is wrong.
@@ -232,6 +272,10 @@ func (st status) print(w io.Writer, output string, now time.Time) error {
 }
 
 func (st status) table(w io.Writer, wide bool, now time.Time) error {
+	if st.Away != "" {
+		fmt.Fprintf(w, "The API server could not be asked: %s.\n"+
+			"These are the leases that this node's daemon has, as of %s ago.\n\n", st.Away, st.Daemon.age())
+	}
 	if len(st.Nodes) == 0 {
 		fmt.Fprintln(w, "No node has a lease.")
 	} else {
@@ -255,6 +299,9 @@ func (st status) table(w io.Writer, wide bool, now time.Time) error {
 	}
 	for _, u := range st.Network {
 		fmt.Fprintf(w, "Network %s: %d of %d subnets leased, %d free.\n", u.Network, u.Leased, u.Total, u.Free)
+	}
+	if st.Daemon != nil {
+		fmt.Fprintln(w, st.Daemon)
 	}
 	if len(st.Problems) > 0 {
 		fmt.Fprintln(w, "\nProblems:")

@@ -1,0 +1,230 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tweed.dev/tweed/backend/kernel/netnstest"
+)
+
+// A host is a machine of its own: a network namespace.
+type host struct {
+	*netnstest.NS
+	t *testing.T
+}
+
+func newHost(t *testing.T) host { return host{netnstest.New(t), t} }
+
+// types runs commands, one a line.
+func (h host) types(commands string) {
+	h.t.Helper()
+	for line := range strings.Lines(commands) {
+		if line = strings.TrimSpace(line); line != "" {
+			h.Run(h.t, line)
+		}
+	}
+}
+
+// await repeats a command until it succeeds.
+func (h host) await(command string) {
+	h.t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		out, err := h.Try(h.t, command)
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("%s: still %v after 30 s\n%s", command, err, out)
+		}
+	}
+}
+
+func (h host) shows(command, want string) {
+	h.t.Helper()
+	if out := h.Run(h.t, command); !strings.Contains(out, want) {
+		h.t.Errorf("%s: want %q in\n%s", command, want, out)
+	}
+}
+
+// cable lays one from dev of a to dev of b. Neither is up.
+func cable(a host, devA string, b host, devB string) {
+	a.t.Helper()
+	a.Run(a.t, fmt.Sprintf("ip link add %s type veth peer name %s netns %s", devA, devB, b.Path()))
+}
+
+// daemon runs tweed on a host as node n<n> of those that share the directory of leases, until the test ends, and waits
+// until it is ready. The node has 10.244.<n>.0/24 and fd00:10:244:<n>::/64.
+func daemon(h host, leases string, n int, conf string, flags ...string) {
+	h.t.Helper()
+	dir := h.t.TempDir()
+	write := func(path, text string) {
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	write(filepath.Join(dir, "net-conf.json"), conf)
+	write(filepath.Join(leases, fmt.Sprintf("n%d.json", n)), fmt.Sprintf(
+		`{"node":"n%d","since":"2026-01-02T03:04:0%dZ","subnets":"10.244.%d.0/24,fd00:10:244:%d::/64"}`, n, n, n, n))
+	args := []string{"--net=" + h.Path(), "--", "tweed", "run", "--leases", leases, "--node-name", fmt.Sprintf("n%d", n),
+		"--net-conf", filepath.Join(dir, "net-conf.json"), "--run-dir", filepath.Join(dir, "run"),
+		"--cni-conf-dir", filepath.Join(dir, "cni")}
+	cmd := exec.Command("nsenter", append(args, flags...)...)
+	var log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() {
+		_ = cmd.Process.Signal(unix.SIGTERM)
+		if err := cmd.Wait(); err != nil || h.t.Failed() {
+			h.t.Errorf("the daemon of n%d ends with %v:\n%s", n, err, log.String())
+		}
+	})
+	h.await("curl -sf http://127.0.0.1:9479/readyz")
+}
+
+// pod attaches a pod to a node by hand: 10.244.<n>.5 and fd00:10:244:<n>::5.
+func pod(node host, n int) host {
+	node.t.Helper()
+	p := newHost(node.t)
+	cable(node, "pod", p, "eth0")
+	node.types(`
+		ip link set pod master tweed0
+		ip link set pod up`)
+	p.types(fmt.Sprintf(`
+		ip link set eth0 up
+		ip addr add 10.244.%d.5/24 dev eth0
+		ip addr add fd00:10:244:%d::5/64 dev eth0 nodad
+		ip route add default via 10.244.%d.1
+		ip route add default via fd00:10:244:%d::1`, n, n, n, n))
+	return p
+}
+
+// reach has two pods, of n1 and n2, each call the other.
+func reach(one, two host) {
+	one.t.Helper()
+	for _, f := range []string{"10.244.%d.5", "fd00:10:244:%d::5"} {
+		two.await("ping -c 1 -W 1 " + fmt.Sprintf(f, 1))
+		one.await("ping -c 1 -W 1 " + fmt.Sprintf(f, 2))
+	}
+}
+
+// An underlay is the addresses of one family that a test uses.
+type underlay struct {
+	family string
+	node   string // of a node, by its number
+	cable  string // of an end of a cable, by its number
+	mask   string
+	flag   string // for new addresses
+	mtu    string // of a device on the narrower cable
+}
+
+func underlays() []underlay {
+	return []underlay{
+		{"ipv4", "203.0.113.%d", "192.0.2.%d", "/31", "", "mtu 1350 "},
+		{"ipv6", "2001:db8::%d", "2001:db8:1::%d", "/127", "nodad", "mtu 1330 "},
+	}
+}
+
+// join gives two hosts an address on lo each, and two cables to each other without any default route.
+func (u underlay) join(hosts ...host) {
+	cable(hosts[0], "eth0", hosts[1], "eth0")
+	cable(hosts[0], "eth1", hosts[1], "eth1")
+	for n, h := range hosts {
+		h.types(`
+			ip link set eth0 up
+			ip link set eth1 mtu 1400 up
+			ip addr add ` + u.of(n+1) + " dev lo " + u.flag)
+		way := "ip route add " + u.of(2-n) + " src " + u.of(n+1)
+		for i, dev := range []string{"eth0", "eth1"} {
+			h.Run(h.t, fmt.Sprintf("ip addr add "+u.cable+"%s dev %s %s", 2*i+n, u.mask, dev, u.flag))
+			way += fmt.Sprintf(" nexthop via "+u.cable+" dev %s", 2*i+1-n, dev)
+		}
+		h.Run(h.t, way)
+	}
+}
+
+// of is the address of node n.
+func (u underlay) of(n int) string { return fmt.Sprintf(u.node, n) }
+
+func (u underlay) conf() string {
+	return fmt.Sprintf(`{
+		"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48", "Underlay": %q}`, u.family)
+}
+
+// With the address on lo, either of two cables is enough.
+func TestNodeLosesOneOfTwoUplinks(t *testing.T) {
+	for _, u := range underlays() {
+		t.Run(u.family, func(t *testing.T) {
+			one, two, leases := newHost(t), newHost(t), t.TempDir()
+			u.join(one, two)
+			daemon(one, leases, 1, u.conf(), "--iface", "lo")
+			daemon(two, leases, 2, u.conf(), "--iface-can-reach", u.of(1))
+			for n, h := range []host{one, two} {
+				h.shows("ip -d link show tweed.1", "vxlan id 1 local "+u.of(n+1)+" srcport") // without a device
+				h.shows("ip link show tweed.1", u.mtu)
+			}
+			pod1, pod2 := pod(one, 1), pod(two, 2)
+			reach(pod1, pod2)
+			cut := func(dev string) {
+				one.Run(t, "ip link set "+dev+" down")
+				two.Run(t, "ip link set "+dev+" down")
+			}
+			cut("eth0")
+			reach(pod1, pod2)
+			cut("eth1")
+			if out, err := pod1.Try(t, "ping -c 1 -W 1 10.244.2.5"); err == nil {
+				t.Errorf("the packets go by neither cable:\n%s", out)
+			}
+		})
+	}
+}
+
+// Node n1 is in a private network behind a router, which has one address outside and passes what comes for the tunnel
+// on to n1. Node n2 has no route to n1's own address.
+func TestNodeIsBehindNAT(t *testing.T) {
+	for _, c := range []struct{ family, iptables, forward, inside, outside, mask, to, flag string }{
+		{"ipv4", "iptables", "net.ipv4.ip_forward", "10.99.0.%d", "192.0.2.%d", "/24", "%s", ""},
+		{"ipv6", "ip6tables", "net.ipv6.conf.all.forwarding", "fd99::%d", "2001:db8::%d", "/64", "[%s]", "nodad"},
+	} {
+		t.Run(c.family, func(t *testing.T) {
+			one, router, two, leases := newHost(t), newHost(t), newHost(t), t.TempDir()
+			cable(one, "eth0", router, "inside")
+			cable(two, "eth0", router, "outside")
+			inside := func(n int) string { return fmt.Sprintf(c.inside, n) }
+			outside := func(n int) string { return fmt.Sprintf(c.outside, n) }
+			for _, end := range []struct {
+				h         host
+				dev, addr string
+			}{
+				{one, "eth0", inside(2)}, {router, "inside", inside(1)},
+				{two, "eth0", outside(2)}, {router, "outside", outside(1)},
+			} {
+				end.h.Run(t, "ip link set "+end.dev+" up")
+				end.h.Run(t, fmt.Sprintf("ip addr add %s%s dev %s %s", end.addr, c.mask, end.dev, c.flag))
+			}
+			one.Run(t, "ip route add default via "+inside(1))
+			router.types(fmt.Sprintf(`
+				sysctl -w %s=1
+				%[2]s -t nat -A POSTROUTING -o outside -j MASQUERADE
+				%[2]s -t nat -A PREROUTING -i outside -p udp --dport 8472 -j DNAT --to-destination `+c.to,
+				c.forward, c.iptables, inside(2)))
+
+			u := underlay{family: c.family}
+			daemon(one, leases, 1, u.conf(), "--public-ip", outside(1))
+			daemon(two, leases, 2, u.conf())
+			one.shows("ip -d link show tweed.1", "local "+inside(2)+" dev eth0")
+			reach(pod(one, 1), pod(two, 2))
+			two.shows("bridge fdb show dev tweed.1", "dst "+outside(1)+" ")
+		})
+	}
+}
