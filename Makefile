@@ -4,26 +4,43 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unre
 
 # Programs, tests and the image are compiled in one way, so that each package is compiled once.
 export CGO_ENABLED := 0
-build unit lint: export GOFLAGS := -trimpath
+build unit fuzz lint: export GOFLAGS := -trimpath
 
 # What tests and the lab call, by the names of Debian's packages.
 PACKAGES := buildah busybox-static ca-certificates containerd containernetworking-plugins crun curl ethtool gcc iproute2 \
             iptables iputils-ping libc6-dev mmdebstrap nftables podman procps runc util-linux
 
-.PHONY: all build test unit e2e conformance manifests lab lint bench packages clean
+.PHONY: all build test unit fuzz e2e conformance manifests lab lint bench packages clean
 
 all: build
 
 build: ## bin/tweed and bin/tweed-cni
 	go build -ldflags "-s -w -X main.version=$(VERSION)" -o bin/ ./cmd/tweed ./cmd/tweed-cni
 
-test: packages build unit e2e ## everything that proves this checkout
+test: packages build unit fuzz e2e ## everything that proves this checkout
 
 unit: ## unit, property, script and kernel tests
 	go mod download # tests run where there is no network
 	go vet ./...
 	go test -timeout 15m ./...
 	cd manifests && go vet ./... && go test ./...
+
+FUZZTIME ?= 30s
+
+# A target that is written but not listed (behind a build tag, or in another module) would never run.
+fuzz: ## each parser on made-up input, for FUZZTIME
+	@set -e; list=$$(go test -list '^Fuzz' ./...); \
+	targets=$$(echo "$$list" | awk '/^Fuzz/ { f[++n] = $$1 } $$1 == "ok" { for (; n; n--) print $$2 "/" f[n] }'); \
+	if [ $$(echo "$$targets" | wc -l) -ne $$(grep -rh --include='*_test.go' '^func Fuzz' . | wc -l) ]; then \
+		echo "there are fuzz targets that this does not run; it runs" $$targets; exit 1; \
+	fi; \
+	for t in $$targets; do \
+		echo "fuzz $$t"; \
+		go test -run '^$$' -fuzz "^$${t##*/}$$" -fuzztime $(FUZZTIME) $${t%/*} || failed="$$failed $$t"; \
+	done; \
+	if [ "$$failed" ]; then \
+		echo "failed:$$failed; new inputs that fail:"; git ls-files -o '*/testdata/fuzz/*'; exit 1; \
+	fi
 
 e2e: ## a real API server, and nodes in network namespaces
 	cd e2e && go vet ./... && go test -count=1 -timeout 75m -v .
@@ -45,6 +62,7 @@ lint:
 bench: packages build ## figures: ratios of medians beside a floor
 	go test -run '^$$' -bench . -benchtime 20x ./backend/... ./subnet/...
 	go test -run '^$$' -bench . -benchtime 1x ./overlay/... # each takes its rounds in turns with the floor's
+	cd e2e && go test -run '^$$' -bench '^BenchmarkCost$$' -benchtime 1x -timeout 15m . # with a real API server
 
 packages: # only what is missing, so that a second run needs no network
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \

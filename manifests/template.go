@@ -35,6 +35,7 @@ const (
 
 var holes = []hole{
 	{"ConfigMap", "data net-conf.json", netConf},
+	{"ClusterRole", "metadata annotations tweed.dev/subnet-source", `{{ .Values.netConf.SubnetSource | default "auto" }}`},
 	{"DaemonSet", pod + "imagePullSecrets", `{{ toJson .Values.imagePullSecrets }}`},
 	{"DaemonSet", install + "image", `{{ quote .Values.image }}`},
 	{"DaemonSet", install + "imagePullPolicy", `{{ .Values.imagePullPolicy }}`},
