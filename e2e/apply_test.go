@@ -60,6 +60,16 @@ func TestApplyDualStack(t *testing.T) {
 	k.step(t, "DaemonSetIsRolledUnderTraffic", k.daemonRolled)
 }
 
+// TestApplyLeases is the same in a cluster that hands out no podCIDRs, so that nodes lease their subnets.
+func TestApplyLeases(t *testing.T) {
+	k := startKube(t, 3, cluster.HostOptions{ProxyMode: "iptables"})
+	k.install(t, "-f", manifest)
+	k.step(t, "PodsRunOnOneNodeAndOnTwo", k.kubectlRun)
+	k.step(t, "ServiceIsReachedFromEverywhere", k.clusterIP)
+	k.step(t, "NodeReboots", k.reboot)
+	k.step(t, "NodeLeavesAndAnotherJoins", k.nodeLeaves)
+}
+
 // install applies the manifest, and nothing else, and waits for every node to be ready. Then it adds the cluster's DNS.
 func (k *kube) install(t *testing.T, how ...string) {
 	t.Helper()
@@ -78,27 +88,33 @@ func (k *kube) install(t *testing.T, how ...string) {
 	k.Progress("figure: from nothing to pods that answer across nodes %.1f s", time.Since(k.begun).Seconds())
 	for _, h := range k.Hosts {
 		k.conditionIs(t, h.Name, corev1.ConditionFalse, "TweedIsUp")
+		k.subnetIsRight(t, h.Name)
+	}
+}
+
+// subnetIsRight holds what a node has recorded as its subnets against where they come from.
+func (k *kube) subnetIsRight(t *testing.T, node string) {
+	t.Helper()
+	n, err := k.API.CoreV1().Nodes().Get(t.Context(), node, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	recorded := n.Annotations["tweed.dev/subnets"]
+	switch {
+	case len(k.options.PodCIDRs) > 0 && recorded != strings.Join(n.Spec.PodCIDRs, ","):
+		t.Errorf("%s publishes %q, and has podCIDRs %v", node, recorded, n.Spec.PodCIDRs)
+	case len(k.options.PodCIDRs) == 0 && (recorded == "" || len(n.Spec.PodCIDRs) > 0):
+		t.Errorf("%s publishes %q, and has podCIDRs %v where nobody hands out any", node, recorded, n.Spec.PodCIDRs)
+	}
+	if claim := n.Annotations["tweed.dev/claim"]; claim != "" {
+		t.Errorf("%s claims %q", node, claim)
 	}
 }
 
 // conditionIs waits for a Node's condition NetworkUnavailable.
 func (k *kube) conditionIs(t *testing.T, node string, status corev1.ConditionStatus, reason string) {
 	t.Helper()
-	cluster.Await(t, fmt.Sprintf("NetworkUnavailable=%s of %s", status, node), func() error {
-		n, err := k.API.CoreV1().Nodes().Get(t.Context(), node, metav1.GetOptions{})
-		if err != nil {
-			return err
-		}
-		for _, c := range n.Status.Conditions {
-			if c.Type == corev1.NodeNetworkUnavailable {
-				if c.Status == status && c.Reason == reason {
-					return nil
-				}
-				return fmt.Errorf("it is %s, %s: %s", c.Status, c.Reason, c.Message)
-			}
-		}
-		return fmt.Errorf("there is no such condition among %v", n.Status.Conditions)
-	})
+	awaitCondition(t, k.Cluster, node, status, reason)
 }
 
 // overlaysAccepted has the API server judge every overlay by strict field validation.

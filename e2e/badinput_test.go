@@ -101,6 +101,11 @@ func (s *suite) garbageInAnnotations(t *testing.T) {
 	missing := ghost(66)
 	delete(missing.annotations, "tweed.dev/host")
 	s.haunt(t, missing, "tweed.dev/host")
+	// As much as the API server takes: 256 KB for all annotations of an object.
+	huge := ghost(66)
+	huge.annotations["tweed.dev/subnets"] = strings.Repeat("10.244.66.0/24,", 128<<10/15)
+	huge.annotations["example.com/other"] = strings.Repeat("x", 120<<10)
+	s.haunt(t, huge, "tweed.dev/subnets", "has 131070 bytes; at most ")
 }
 
 // faultyNode runs a daemon on a node whose podCIDRs are wrong, while f looks. It has to say so with these words and to

@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
@@ -113,6 +114,37 @@ func (s *suite) annotationsAreChanged(t *testing.T) {
 	}
 	s.awaitPeers(t)
 	s.podsPing(t)
+}
+
+// hostOverride has the others send to an address of n3 that is not its InternalIP, as if there were a NAT.
+func (s *suite) hostOverride(t *testing.T) {
+	n, other := s.nodes[2], netip.MustParseAddr("192.0.2.203")
+	n.NetNS.Run(t, "ip addr add "+other.String()+"/24 dev eth0")
+	defer n.NetNS.Run(t, "ip addr del "+other.String()+"/24 dev eth0")
+	override := func(value string) {
+		s.PatchNode(t, n.Name, `{"metadata":{"annotations":{"tweed.dev/host-override":`+value+`}}}`)
+	}
+	reachedBy := func(host netip.Addr) {
+		cluster.Await(t, "n1 to send to n3 at "+host.String(), func() error {
+			if got := s.Annotations(t, n.Name)["tweed.dev/host"]; got != host.String()+","+n.Addrs[1].String() {
+				return fmt.Errorf("n3 publishes %s", got)
+			}
+			if len(grep(t, s.nodes[0], "dst "+host.String())) == 0 {
+				return errors.New("there is no FDB entry for that")
+			}
+			return nil
+		})
+		s.podsPing(t)
+	}
+	defer override("null")
+	override(fmt.Sprintf("%q", other))
+	reachedBy(other)
+	override(`"198.51.100.300"`)
+	s.awaitProblem(t, n, n.Name, "tweed.dev/host-override", "198.51.100.300", other.String())
+	reachedBy(other)
+	override("null")
+	s.awaitPeers(t)
+	reachedBy(n.Addrs[0])
 }
 
 func (s *suite) apiServerGoesAway(t *testing.T) {

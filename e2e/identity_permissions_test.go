@@ -24,7 +24,8 @@ const heartbeat = `{"status":{"conditions":[{"type":"Ready","status":"Unknown","
 
 // lease is all that a daemon ever writes to the annotations.
 const lease = `{"tweed.dev/subnets":"10.244.1.0/24,fd00:10:244:1::/64","tweed.dev/host":"192.0.2.77",
-	"tweed.dev/backend":"new","tweed.dev/backend-data":"{\"vni\":77}","tweed.dev/claim":"10.244.1.0/24 7777"}`
+	"tweed.dev/backend":"new","tweed.dev/backend-data":"{\"vni\":77}","tweed.dev/network":"10.0.0.0/8",
+	"tweed.dev/claim":"10.244.1.0/24 7777"}`
 
 // permissions are requests about n1 that have to succeed, with n1 as it is.
 func permissions(n1 *corev1.Node) (all []permission) {
@@ -59,7 +60,7 @@ func annotationPermissions(who caller, n1 *corev1.Node) (all []permission) {
 		add(jsonPatch, `[{"op":"replace","path":"/metadata/annotations/tweed.dev~1host","value":"192.0.2.77"}]`,
 			leased[:1], nil)
 		add(merge, `{"metadata":{"annotations":{"tweed.dev/subnets":null,"tweed.dev/host":null,"tweed.dev/backend":null,
-			"tweed.dev/backend-data":null,"tweed.dev/claim":null}}}`,
+			"tweed.dev/backend-data":null,"tweed.dev/network":null,"tweed.dev/claim":null}}}`,
 			nil, []string{`"tweed.dev/subnets":`, `"tweed.dev/backend`})
 		add(merge, `{"metadata":{"annotations":{"tweed.dev/subnets":"fd00:10:244:1::/64"}}}`,
 			[]string{`"tweed.dev/subnets":"fd00:10:244:1::/64"`}, nil)
@@ -170,7 +171,7 @@ func (s *identitySuite) createBigNode(t *testing.T, name string, podCIDRs ...str
 	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{}}}
 	n.Annotations = map[string]string{
 		"tweed.dev/subnets": strings.Join(podCIDRs, ","), "tweed.dev/host": "192.0.2.11", "tweed.dev/backend": "vxlan",
-		"tweed.dev/backend-data": `{"vni":1}`, "tweed.dev/claim": "x",
+		"tweed.dev/backend-data": `{"vni":1}`, "tweed.dev/network": "10.244.0.0/16", "tweed.dev/claim": "x",
 		"tweed.dev/sources": "198.51.100.1", "tweed.dev/host-override": "198.51.100.1",
 		"example.com/huge": strings.Repeat("x", 200<<10),
 	}

@@ -67,6 +67,7 @@ func TestIdentity(t *testing.T) {
 		otherTweed: s.AsUser(t, "system:serviceaccount:tweed:other", "system:masters"),
 		operator:   s.API,
 	}
+	s.setSource(t, "=node-spec")
 	t.Run("PoliciesFitTheTypes", s.policiesFitTheTypes)
 	t.Run("RoleAllowsWhatDaemonsNeed", s.roleIsSmall)
 	s.allowEverything(t)
@@ -245,24 +246,30 @@ func (s *identitySuite) awaitAnswer(t *testing.T, r request, want string) {
 
 const foreignSubnet = `{"metadata":{"annotations":{"tweed.dev/subnets":"10.244.99.0/24"}}}`
 
-// subnetSource changes the policy's parameter. What it does not know is as strict as what it has from the start.
+// setSource changes the policy's parameter.
+func (s *identitySuite) setSource(t *testing.T, value string) {
+	t.Helper()
+	s.Kubectl(t, "annotate", "--overwrite", "clusterrole", "tweed", "tweed.dev/subnet-source"+value)
+}
+
+// subnetSource has a Node with podCIDRs (n1) and one without (n3) publish a subnet of its own choice. What the policy
+// does not know is as strict as node-spec.
 func (s *identitySuite) subnetSource(t *testing.T) {
-	foreign := request{daemon1, http.MethodPatch, "nodes/n1", merge, foreignSubnet}
-	set := func(value string) {
-		s.Kubectl(t, "annotate", "--overwrite", "clusterrole", "tweed", value)
-	}
-	for _, c := range []struct{ value, want string }{
-		{"tweed.dev/subnet-source=lease", ""},
-		{"tweed.dev/subnet-source=node-spec", "spec.podCIDRs"},
-		{"tweed.dev/subnet-source=auto", ""},
-		{"tweed.dev/subnet-source=leese", "spec.podCIDRs"},
-		{"tweed.dev/subnet-source=lease", ""},
-		{"tweed.dev/subnet-source-", "spec.podCIDRs"},
+	with := request{daemon1, http.MethodPatch, "nodes/n1", merge, foreignSubnet}
+	without := request{daemon3, http.MethodPatch, "nodes/n3", merge, foreignSubnet}
+	for _, c := range []struct{ value, with, without string }{
+		{"=lease", "", ""},
+		{"=node-spec", "spec.podCIDRs", "spec.podCIDRs"},
+		{"=auto", "spec.podCIDRs", ""},
+		{"=leese", "spec.podCIDRs", "spec.podCIDRs"},
+		{"=lease", "", ""},
+		{"-", "spec.podCIDRs", "spec.podCIDRs"},
 	} {
-		set(c.value)
-		s.awaitAnswer(t, foreign, c.want)
+		s.setSource(t, c.value)
+		s.awaitAnswer(t, with, c.with)
+		s.awaitAnswer(t, without, c.without)
 	}
-	set("tweed.dev/subnet-source=node-spec")
+	s.setSource(t, "=node-spec")
 }
 
 // roleIsDeleted takes the policy's parameter away: daemons alone may feel it.

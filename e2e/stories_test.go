@@ -67,7 +67,7 @@ func (k *kube) awaitNode(t *testing.T, name string) {
 func (k *kube) awaitReady(t *testing.T) {
 	t.Helper()
 	for _, h := range k.Hosts {
-		cluster.Await(t, h.Name+" to be ready", h.IsReady)
+		cluster.AwaitLong(t, h.Name+" to be ready", 2*time.Minute, h.IsReady) // where nodes lease, one has to be a minute old
 	}
 }
 

@@ -47,6 +47,13 @@ func (c *Cluster) prepareAPI(t testing.TB) {
 func (c *Cluster) CreateNode(t testing.TB, name string, addrs []netip.Addr, podCIDRs []string,
 	annotations map[string]string) {
 	t.Helper()
+	if err := c.createNode(t.Context(), name, addrs, podCIDRs, annotations); err != nil {
+		t.Fatalf("creating Node %s: %v", name, err)
+	}
+}
+
+func (c *Cluster) createNode(ctx context.Context, name string, addrs []netip.Addr, podCIDRs []string,
+	annotations map[string]string) error {
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Annotations: annotations}}
 	if len(podCIDRs) > 0 {
 		node.Spec.PodCIDR, node.Spec.PodCIDRs = podCIDRs[0], podCIDRs
@@ -55,9 +62,8 @@ func (c *Cluster) CreateNode(t testing.TB, name string, addrs []netip.Addr, podC
 		node.Status.Addresses = append(node.Status.Addresses,
 			corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: a.String()})
 	}
-	if _, err := c.API.CoreV1().Nodes().Create(t.Context(), node, metav1.CreateOptions{}); err != nil {
-		t.Fatalf("creating Node %s: %v", name, err)
-	}
+	_, err := c.API.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{})
+	return err
 }
 
 // DeleteNode deletes a Node object.

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -37,6 +38,15 @@ func (c *Cluster) StartControllers(t testing.TB, o ControllerOptions) {
 	c.startController(t, "kube-controller-manager", manager...)
 	c.startController(t, "kube-scheduler", "--leader-elect=false",
 		"--kubeconfig="+c.writeKubeconfig(t, "kube-scheduler", "system:kube-scheduler"))
+}
+
+// StopControllers kills them, as a crash would.
+func (c *Cluster) StopControllers(t testing.TB) {
+	t.Helper()
+	for _, p := range c.controllers {
+		p.Stop(t, syscall.SIGKILL)
+	}
+	c.controllers = nil
 }
 
 func (c *Cluster) startController(t testing.TB, name string, args ...string) {

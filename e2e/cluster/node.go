@@ -3,12 +3,14 @@ package cluster
 import (
 	"bytes"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -45,17 +47,52 @@ const netConf = `{
 // started. It is removed with the test at the latest.
 func (c *Cluster) AddNode(t testing.TB, name string, podCIDRs ...string) *Node {
 	t.Helper()
+	n := c.AddMachine(t, name)
+	n.PodCIDRs = podCIDRs
+	c.Register(t, n)
+	return n
+}
+
+// AddMachine is AddNode without a Node object.
+func (c *Cluster) AddMachine(t testing.TB, name string) *Node {
+	t.Helper()
 	c.numbers++
 	number := controlPlaneNumber + c.numbers
-	n := &Node{
-		Name: name, NetNS: NewNetNS(t, machinePath(name)), Addrs: underlayAddrs(number), PodCIDRs: podCIDRs,
-		cluster: c, dir: filesOf(name),
-	}
+	n := &Node{Name: name, NetNS: NewNetNS(t, machinePath(name)), Addrs: underlayAddrs(number), cluster: c, dir: filesOf(name)}
 	c.Nodes = append(c.Nodes, n)
 	c.underlay.attach(t, n.NetNS, number)
-	c.CreateNode(t, name, n.Addrs[:], podCIDRs, nil)
 	n.writeFiles(t, c.daemonToken(t, name))
 	return n
+}
+
+// Register creates the Node objects of machines, all at once, as their kubelets would.
+func (c *Cluster) Register(t testing.TB, machines ...*Node) {
+	t.Helper()
+	var wg sync.WaitGroup
+	for _, n := range machines {
+		wg.Go(func() {
+			if err := c.createNode(t.Context(), n.Name, n.Addrs[:], n.PodCIDRs, nil); err != nil {
+				t.Errorf("creating Node %s: %v", n.Name, err)
+			}
+		})
+	}
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+}
+
+// Configure gives the machine another net-conf.json.
+func (n *Node) Configure(t testing.TB, text string) {
+	t.Helper()
+	path := filepath.Join(n.dir, "etc/net-conf.json")
+	err := os.WriteFile(path+".new", []byte(text), 0o600)
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // RemoveNode takes a node out of the cluster: first the machine, as a power cut does, then its Node.
@@ -107,6 +144,19 @@ users: [{name: tweed, user: {tokenFile: %q}}]
 		if err := os.WriteFile(filepath.Join(n.dir, path), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// ForgetRun empties /run/tweed, as a boot does.
+func (n *Node) ForgetRun(t testing.TB) {
+	t.Helper()
+	dir := filepath.Join(n.dir, "run/tweed")
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
