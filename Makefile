@@ -43,7 +43,7 @@ fuzz: ## each parser on made-up input, for FUZZTIME
 	fi
 
 e2e: ## a real API server, and nodes in network namespaces
-	cd e2e && go vet ./... && go test -count=1 -timeout 75m -v .
+	cd e2e && go vet ./... && go test ./faults && go test -count=1 -timeout 75m -v .
 
 conformance: packages ## Kubernetes' own network tests, all that can run here; writes docs/conformance.md
 	cd e2e && go test -count=1 -timeout 120m -v -run '^TestConformance' . -args -wide

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -17,6 +18,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"tweed.dev/tweed/e2e/cluster"
+	"tweed.dev/tweed/e2e/faults"
 	"tweed.dev/tweed/e2e/probe"
 )
 
@@ -284,6 +286,7 @@ func TestLeases(t *testing.T) {
 	l.step(t, "EveryPodReachesEveryOther", l.podsReach)
 	l.step(t, "NodeIsRecreated", l.nodeIsRecreated)
 	l.step(t, "DaemonIsRestartedWhileAPIServerIsAway", l.restartedAlone)
+	l.step(t, "AnswersAreLostWhileANodeLeases", l.answersLost)
 	l.step(t, "PodCIDRsAppearLater", l.podCIDRsAppear)
 	l.step(t, "RecordOfTheLeaseIsRemoved", l.recordRemoved)
 	l.step(t, "NetworkGrows", l.networkGrows)
@@ -369,6 +372,48 @@ func (l *leasing) restartedAlone(t *testing.T) {
 	if now := l.subnets(t, n); now != before {
 		t.Errorf("the lease is %q, and was %q", now, before)
 	}
+}
+
+// answersLost has each write land and its answer go missing, and then all answers to lists as well for a while.
+func (l *leasing) answersLost(t *testing.T) {
+	late := l.AddMachine(t, "n4")
+	late.Configure(t, leasedSubnets)
+	detour := l.NewDetour(t, 7443)
+	late.Take(t, detour)
+	var lists atomic.Int32
+	detour.Impose(
+		faults.Rule{For: func(r faults.Request) bool { return r.Verb == "patch" }, Do: faults.LoseAnswer},
+		faults.Rule{For: func(r faults.Request) bool {
+			if r.Verb != "list" {
+				return false
+			}
+			n := lists.Add(1)
+			return n == 2 || n == 3
+		}, Do: faults.CutAfter(100)},
+	)
+	late.StartDaemon(t)
+	awaitUnready(t, late, "node n4 does not exist")
+	l.Register(t, late)
+	cluster.Await(t, "a lease of n4", func() error {
+		_, err := l.leases(t.Context())
+		return err
+	})
+	leases, err := l.leases(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range l.Nodes[:3] {
+		for _, p := range leases[n.Name] {
+			if slices.ContainsFunc(leases[late.Name], p.Overlaps) {
+				t.Errorf("%s has %v, and %s has %s", late.Name, leases[late.Name], n.Name, p)
+			}
+		}
+	}
+	if err := detour.Lift(); err != nil {
+		t.Error(err)
+	}
+	late.AwaitReady(t)
+	l.RemoveNode(t, late)
 }
 
 func (l *leasing) podCIDRsAppear(t *testing.T) {

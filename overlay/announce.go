@@ -154,8 +154,7 @@ func replace[T any](c chan T, v T) {
 
 // Declare keeps what this node's Node says of its network as passes find it, until ctx ends.
 func (r *Reconciler) Declare(ctx context.Context) error {
-	const first = time.Second
-	wait := first
+	wait := soonest
 	for {
 		var s standing
 		select {
@@ -168,7 +167,7 @@ func (r *Reconciler) Declare(ctx context.Context) error {
 			return nil
 		}
 		if err == nil {
-			wait = first
+			wait = soonest
 			if r.undeclared.Swap(nil) != nil {
 				r.Ring()
 			}
@@ -181,7 +180,7 @@ func (r *Reconciler) Declare(ctx context.Context) error {
 		if !sleep(ctx, wait) {
 			return nil
 		}
-		wait = min(2*wait, slow)
+		wait = min(2*wait, latest)
 		r.Ring() // whose pass asks again, if it is still wanted
 	}
 }

@@ -284,18 +284,15 @@ func oneOf[S ~string](choices []S, to *S) setter {
 
 // alternatives is a list of choices, as in "a", "b" or "c".
 func alternatives[S ~string](choices []S) string {
-	list := ""
-	for i, c := range choices {
-		switch {
-		case i == 0:
-		case i == len(choices)-1:
-			list += " or "
-		default:
-			list += ", "
-		}
-		list += strconv.Quote(string(c))
+	var quoted []string
+	for _, c := range choices {
+		quoted = append(quoted, strconv.Quote(string(c)))
 	}
-	return list
+	last := len(quoted) - 1
+	if last == 0 {
+		return quoted[0]
+	}
+	return strings.Join(quoted[:last], ", ") + " or " + quoted[last]
 }
 
 func underlay(to *int) setter {

@@ -20,6 +20,8 @@ const (
 	slow = 30 * time.Second
 	// retry is the time to the next pass after one that failed; it doubles up to slow.
 	retry = time.Second
+	// soonest and latest bound the pause after a write to the cluster that failed; it doubles.
+	soonest, latest = 500 * time.Millisecond, 5 * time.Second
 )
 
 // A Reconciler makes passes: one at a time, and one more whenever its bell has rung.
@@ -198,8 +200,7 @@ func (r *Reconciler) tellPlugin(plan Plan) error {
 
 // Publish publishes what passes ask for, until ctx ends. It is apart from the passes because it can take long.
 func (r *Reconciler) Publish(ctx context.Context) error {
-	const first, most = 500 * time.Millisecond, 5 * time.Second
-	wait := first
+	wait := soonest
 	for {
 		var leases []subnet.Lease
 		select {
@@ -212,7 +213,7 @@ func (r *Reconciler) Publish(ctx context.Context) error {
 			return nil
 		}
 		if err == nil {
-			wait = first
+			wait = soonest
 			r.unpublished.Store(nil)
 			if !r.published.Swap(true) {
 				r.Ring() // for the CNI configuration
@@ -226,7 +227,7 @@ func (r *Reconciler) Publish(ctx context.Context) error {
 		if !sleep(ctx, wait) {
 			return nil
 		}
-		wait = min(2*wait, most)
+		wait = min(2*wait, latest)
 		r.Ring() // whose pass asks again, if it is still wanted
 	}
 }

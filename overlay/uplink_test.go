@@ -146,7 +146,7 @@ func TestUplinkIsFound(t *testing.T) {
 		},
 	}
 	for name, c := range cases {
-		t.Run(name, func(t *testing.T) { c.finder.check(t, c.want) })
+		t.Run(name, func(t *testing.T) { c.check(t, c.want) })
 	}
 }
 
@@ -186,7 +186,7 @@ func TestUplinkHasItsAddressOnLo(t *testing.T) {
 	}
 	for name, c := range cases {
 		c.want.Routed = true
-		t.Run(name, func(t *testing.T) { c.finder.check(t, c.want) })
+		t.Run(name, func(t *testing.T) { c.check(t, c.want) })
 	}
 }
 
@@ -287,7 +287,7 @@ func TestUplinkCannotBeFound(t *testing.T) {
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
-			got, err := c.finder.uplink()
+			got, err := c.uplink()
 			if err == nil || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("got %+v, %v; want an error that says %q", got, err, c.says)
 			}

@@ -250,7 +250,8 @@ func judge(leases []subnet.Lease, cfg overlay.Config) []subnet.Problem {
 			vx.Underlay = 4
 		}
 	}
-	_, problems := subnet.Settle("", subnet.Rules{Network: cfg.Network, Judge: vx.Judge}, leases)
+	rules := subnet.Rules{Network: cfg.Network, ExactLength: cfg.SubnetSource == subnet.OriginLease, Judge: vx.Judge}
+	_, problems := subnet.Settle("", rules, leases)
 	return problems
 }
 

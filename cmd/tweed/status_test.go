@@ -65,7 +65,10 @@ func serveFake(t *testing.T, text string) {
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, text) })}
 	ended := make(chan error, 1)
 	go func() { ended <- srv.Serve(ln) }()
-	t.Cleanup(func() { srv.Close(); <-ended })
+	t.Cleanup(func() {
+		srv.Close()
+		<-ended
+	})
 }
 
 // runStatus runs `subnet status` for a cluster of two nodes, with a configuration that finds no fault with them.

@@ -144,12 +144,12 @@ func (u underlay) join(hosts ...host) {
 			ip link set eth0 up
 			ip link set eth1 mtu 1400 up
 			ip addr add ` + u.of(n+1) + " dev lo " + u.flag)
-		way := "ip route add " + u.of(2-n) + " src " + u.of(n+1)
+		way := []string{"ip route add " + u.of(2-n) + " src " + u.of(n+1)}
 		for i, dev := range []string{"eth0", "eth1"} {
 			h.Run(h.t, fmt.Sprintf("ip addr add "+u.cable+"%s dev %s %s", 2*i+n, u.mask, dev, u.flag))
-			way += fmt.Sprintf(" nexthop via "+u.cable+" dev %s", 2*i+1-n, dev)
+			way = append(way, fmt.Sprintf("nexthop via "+u.cable+" dev %s", 2*i+1-n, dev))
 		}
-		h.Run(h.t, way)
+		h.Run(h.t, strings.Join(way, " "))
 	}
 }
 

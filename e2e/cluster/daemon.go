@@ -20,7 +20,11 @@ type Report struct {
 	Version   string `json:"version"`
 	Converged bool   `json:"converged"`
 	Peers     int    `json:"peers"` // leases of other nodes
-	Problems  []struct {
+	// TookMs is the duration of the pass in milliseconds; no two passes take the same.
+	TookMs float64 `json:"tookMs"`
+	// ListAge is how old the list of leases is, in seconds; -1 before the first.
+	ListAge  float64 `json:"listAge"`
+	Problems []struct {
 		Node, Kind, Text string
 	} `json:"problems"`
 }

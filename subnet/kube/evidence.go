@@ -27,32 +27,32 @@ type evidence struct {
 
 // decide says where this node's subnets come from. OriginAuto means that this is open, for the reason why; then it can be
 // decided after that time, or by a change if that is 0.
-func (l *lessor) decide(ctx context.Context, obj object) (o subnet.Origin, why error, again time.Duration) {
+func (l *lessor) decide(ctx context.Context, obj object) (o subnet.Origin, again time.Duration, why error) {
 	switch l.origin {
 	case subnet.OriginLease:
-		return subnet.OriginLease, nil, 0
+		return subnet.OriginLease, 0, nil
 	case subnet.OriginNodeSpec:
-		return subnet.OriginNodeSpec, l.awaited("SubnetSource in net-conf.json is node-spec"), 0
+		return subnet.OriginNodeSpec, 0, l.awaited("SubnetSource in net-conf.json is node-spec")
 	}
 	if obj.badCIDRs != nil {
-		return subnet.OriginNodeSpec, nil, 0
+		return subnet.OriginNodeSpec, 0, nil
 	}
 	known := subnet.Evidence{PodCIDRs: obj.given, Recorded: obj.recorded}
 	if len(known.PodCIDRs) == 0 && len(known.Recorded) == 0 {
 		if err := l.look(ctx, obj.uid); err != nil {
-			return subnet.OriginAuto, err, pauseLast
+			return subnet.OriginAuto, pauseLast, err
 		}
 		known.AnyPodCIDRs, known.Oldest = l.evidence.given != "", l.evidence.age
 	}
 	o, _ = known.Decide()
 	switch {
 	case o != subnet.OriginAuto:
-		return o, nil, 0
+		return o, 0, nil
 	case known.AnyPodCIDRs:
-		return o, l.awaited("node " + l.evidence.given + " has some"), 0
+		return o, 0, l.awaited("node " + l.evidence.given + " has some")
 	}
-	return o, l.awaited("unless any Node has some when the oldest is a minute old, a subnet is leased then"),
-		time.Until(l.evidence.next)
+	return o, max(time.Until(l.evidence.next), time.Second),
+		l.awaited("unless any Node has some when the oldest is a minute old, a subnet is leased then")
 }
 
 // awaited says that the cluster has to hand out this node's subnets.

@@ -92,7 +92,7 @@ func (l *lessor) turn(ctx context.Context) time.Duration {
 	if err != nil {
 		return 0
 	}
-	origin, why, again := l.decide(ctx, obj)
+	origin, again, why := l.decide(ctx, obj)
 	if origin != subnet.OriginLease || l.self.decided() != origin { // why a lease is not had, the taking tells
 		l.conclude(origin, why)
 	}
@@ -131,7 +131,6 @@ func (l *lessor) take(ctx context.Context, obj object) time.Duration {
 			return 0
 		}
 		step := claimant.Next(own, all)
-		all = nil
 		switch step := step.(type) {
 		case subnet.Done:
 			l.leased = types.UID(own.Version.UID)
@@ -161,7 +160,8 @@ func (l *lessor) take(ctx context.Context, obj object) time.Duration {
 			return l.pause
 		}
 		if origin, _, _ := l.decide(ctx, obj); origin != subnet.OriginLease {
-			return time.Nanosecond
+			l.rouse()
+			return 0
 		}
 		own = standingOfOwn(l.node, obj)
 	}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -28,7 +29,7 @@ func listOf(n int) *metav1.PartialObjectMetadataList {
 	l.ResourceVersion = "4711"
 	for i := range n {
 		o := metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{
-			Name: fmt.Sprintf("n%d", i), UID: types.UID(fmt.Sprintf("uid-%d", i)), ResourceVersion: fmt.Sprint(100 + i),
+			Name: fmt.Sprintf("n%d", i), UID: types.UID(fmt.Sprintf("uid-%d", i)), ResourceVersion: strconv.Itoa(100 + i),
 			CreationTimestamp: metav1.Unix(1_800_000_000+int64(i), 0), Generation: 300,
 			Annotations: map[string]string{Subnets: fmt.Sprintf("10.244.%d.0/24", i), "example.com/other": "x"},
 			Labels:      map[string]string{"kubernetes.io/os": "linux"}, Finalizers: []string{"example.com/f"},
@@ -49,7 +50,7 @@ func reduced(n int) *metav1.PartialObjectMetadataList {
 	l.ResourceVersion = "4711"
 	for i := range n {
 		l.Items = append(l.Items, metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{
-			Name: fmt.Sprintf("n%d", i), UID: types.UID(fmt.Sprintf("uid-%d", i)), ResourceVersion: fmt.Sprint(100 + i),
+			Name: fmt.Sprintf("n%d", i), UID: types.UID(fmt.Sprintf("uid-%d", i)), ResourceVersion: strconv.Itoa(100 + i),
 			CreationTimestamp: metav1.Unix(1_800_000_000+int64(i), 0),
 			Annotations:       map[string]string{Subnets: fmt.Sprintf("10.244.%d.0/24", i)},
 		}})
@@ -155,8 +156,8 @@ func TestListHasUnknownFields(t *testing.T) {
 	}
 }
 
-// A limit or a resourceVersion in the request would have a part, or the past, taken for all; uncompressed, the answer is
-// many times as long.
+// A limit or a resourceVersion in the request would have a part, or the past, taken for all; uncompressed, the answer
+// is many times as long.
 func TestListIsAskedForOtherwise(t *testing.T) {
 	var got *http.Request
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
