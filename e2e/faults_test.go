@@ -89,7 +89,7 @@ func (s *faulty) bringUp(t *testing.T) {
 		l.faulty, l.number = s, i+2
 		l.node = s.AddNode(t, fmt.Sprintf("n%d", l.number), podCIDRs(l.number)...)
 		l.detour = s.NewDetour(t, 7000+l.number)
-		l.node.Take(t, l.detour)
+		l.node.GoBy(t, l.detour.URL)
 	}
 	s.CreateNode(t, s.bystander.name, nil, nil, s.bystander.annotations)
 	for _, n := range s.Nodes {

@@ -379,7 +379,7 @@ func (l *leasing) answersLost(t *testing.T) {
 	late := l.AddMachine(t, "n4")
 	late.Configure(t, leasedSubnets)
 	detour := l.NewDetour(t, 7443)
-	late.Take(t, detour)
+	late.GoBy(t, detour.URL)
 	var lists atomic.Int32
 	detour.Impose(
 		faults.Rule{For: func(r faults.Request) bool { return r.Verb == "patch" }, Do: faults.LoseAnswer},
@@ -463,9 +463,10 @@ func (l *leasing) recordRemoved(t *testing.T) {
 
 // networkGrows fills the network first. What has grown is leased from once all nodes accept it.
 func (l *leasing) networkGrows(t *testing.T) {
-	for i := range 3 {
-		l.CreateNode(t, fmt.Sprintf("gone%d", i), nil, nil, map[string]string{
-			"tweed.dev/subnets": fmt.Sprintf("10.244.%d.0/24,fd00:10:244:%d::/64", i, i)})
+	for i, subnets := range []string{
+		"10.244.0.0/24,fd00:10:244::/64", "10.244.1.0/24,fd00:10:244:1::/64", "10.244.2.0/24,fd00:10:244:2::/64",
+	} {
+		l.CreateNode(t, fmt.Sprintf("gone%d", i), nil, nil, map[string]string{"tweed.dev/subnets": subnets})
 	}
 	l.CreateNode(t, "gone3", nil, nil, map[string]string{"tweed.dev/claim": "10.244.3.0/24,fd00:10:244:3::/64 x"})
 	late := l.AddNode(t, "n4")
@@ -492,6 +493,9 @@ func (l *leasing) networkGrows(t *testing.T) {
 	l.RemoveNode(t, late)
 	for i := range 4 {
 		l.DeleteNode(t, fmt.Sprintf("gone%d", i))
+	}
+	for _, n := range l.Nodes {
+		awaitPeerCount(t, n, 4)
 	}
 }
 

@@ -43,6 +43,7 @@ type Cluster struct {
 	pki          *pki
 	etcd         *Process
 	apiserver    *Process
+	flags        []string // of the API server, beside those that it always has
 	controllers  []*Process
 	begun        time.Time
 	numbers      int // of machines so far
@@ -119,6 +120,7 @@ func (c *Cluster) StartAPIServer(t testing.TB) {
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+pki+"/token.key",
 		"--service-account-signing-key-file="+pki+"/token.key",
 		"--service-cluster-ip-range="+serviceCIDRs)
+	cmd.Args = append(cmd.Args, c.flags...)
 	var err error
 	if c.apiserver, err = start(c.controlPlane, "kube-apiserver", filepath.Join(dir, "apiserver.log"), cmd); err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -144,6 +145,19 @@ users: [{name: tweed, user: {tokenFile: %q}}]
 		if err := os.WriteFile(filepath.Join(n.dir, path), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// GoBy has the node's daemon, from its next start, find the API server at that URL.
+func (n *Node) GoBy(t testing.TB, url string) {
+	t.Helper()
+	path := filepath.Join(n.dir, "secrets/kubeconfig")
+	b, err := os.ReadFile(path)
+	if err == nil {
+		err = os.WriteFile(path, []byte(strings.ReplaceAll(string(b), n.cluster.URL(), url)), 0o600)
+	}
+	if err != nil {
+		t.Fatalf("leading the daemon on %s to %s: %v", n.Name, url, err)
 	}
 }
 

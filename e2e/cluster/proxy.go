@@ -86,19 +86,6 @@ func (d *Detour) LosePackets(t testing.TB) (arrive func()) {
 	}
 }
 
-// Take has the node's daemon, from its next start, go to the API server by a detour.
-func (n *Node) Take(t testing.TB, d *Detour) {
-	t.Helper()
-	path := filepath.Join(n.dir, "secrets/kubeconfig")
-	b, err := os.ReadFile(path)
-	if err == nil {
-		err = os.WriteFile(path, []byte(strings.ReplaceAll(string(b), n.cluster.URL(), d.URL)), 0o600)
-	}
-	if err != nil {
-		t.Fatalf("leading the daemon on %s by a detour: %v", n.Name, err)
-	}
-}
-
 // NewToken returns another token for the node's daemon, which does not have it yet.
 func (n *Node) NewToken(t testing.TB) string {
 	t.Helper()

@@ -23,11 +23,11 @@ const metadataList = runtime.ContentTypeProtobuf + onlyMetadata + "," + runtime.
 
 const onlyMetadata = ";as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
-// listMetadata reads the metadata of all Nodes as they are at one moment, in one request, and keeps of each its name, uid,
-// resourceVersion, time of creation and our annotations. It returns all of them or an error.
+// listMetadata reads the metadata of all Nodes as they are at one moment, in one request, and keeps of each its name,
+// uid, resourceVersion, time of creation and our annotations. It returns all of them or an error.
 //
-// The answer is compressed, which a list that comes as a watch (sendInitialEvents) is not, and reduced while it arrives:
-// most of it says who has written which field.
+// The answer is compressed, which a list that comes as a watch (sendInitialEvents) is not, and reduced while it
+// arrives: most of it says who has written which field.
 func listMetadata(ctx context.Context, core *rest.RESTClient) (*metav1.PartialObjectMetadataList, error) {
 	// Without a resourceVersion, and without a limit: pages are of one moment only as long as the server remembers it.
 	body, err := core.Get().Resource("nodes").SetHeader("Accept", metadataList).Stream(ctx)
