@@ -160,6 +160,11 @@ func (s *suite) apiServerGoesAway(t *testing.T) {
 		return hasEntry(t, n, entry)
 	})
 	s.podsPing(t)
+	r := n.SubnetStatus(t)
+	words := []string{"n1 ", "n2 ", "n3 ", s.URL(), "as of ", "This node's daemon: converged; its list of leases is "}
+	if lacks := contains(r.Stdout, words...); lacks != nil || r.Status != 2 {
+		t.Errorf("subnet status while the API server is away: status %d; %v\n%s%s", r.Status, lacks, r.Stdout, r.Stderr)
+	}
 	s.StartAPIServer(t)
 	s.somethingNewArrives(t)
 }
