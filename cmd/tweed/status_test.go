@@ -67,7 +67,9 @@ func serveFake(t *testing.T, text string) {
 	go func() { ended <- srv.Serve(ln) }()
 	t.Cleanup(func() {
 		srv.Close()
-		<-ended
+		if err := <-ended; !errors.Is(err, http.ErrServerClosed) {
+			t.Error(err)
+		}
 	})
 }
 
