@@ -346,6 +346,12 @@ func (l *leasing) nodeIsRecreated(t *testing.T) {
 	l.DeleteNode(t, n.Name)
 	awaitUnready(t, n, "node n3 does not exist")
 	l.Register(t, n)
+	l.awaitLeaseAgain(t, n, before)
+}
+
+// awaitLeaseAgain waits until n has the subnets that it had, and everybody reaches everybody.
+func (l *leasing) awaitLeaseAgain(t *testing.T, n *cluster.Node, before string) {
+	t.Helper()
 	cluster.Await(t, "the same lease", func() error {
 		if now := l.subnets(t, n); now != before {
 			return fmt.Errorf("it is %q, and was %q", now, before)
@@ -449,16 +455,7 @@ func (l *leasing) recordRemoved(t *testing.T) {
 	n := l.Nodes[2]
 	before := l.subnets(t, n)
 	l.PatchNode(t, n.Name, `{"metadata":{"annotations":{"tweed.dev/subnets":null}}}`)
-	cluster.Await(t, "the same lease", func() error {
-		if now := l.subnets(t, n); now != before {
-			return fmt.Errorf("it is %q, and was %q", now, before)
-		}
-		return n.Ready()
-	})
-	for _, n := range l.Nodes {
-		awaitPeerCount(t, n, 4)
-	}
-	l.podsReach(t)
+	l.awaitLeaseAgain(t, n, before)
 }
 
 // networkGrows fills the network first. What has grown is leased from once all nodes accept it.
