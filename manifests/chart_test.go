@@ -17,6 +17,7 @@ import (
 	"helm.sh/helm/v4/pkg/chart/v2/loader"
 	"helm.sh/helm/v4/pkg/engine"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/yaml"
 )
@@ -44,7 +45,7 @@ func TestValueDoesNotArrive(t *testing.T) {
 image: example.org/net/tweed@sha256:0123
 imagePullPolicy: Always
 imagePullSecrets: [{name: key}]
-netConf: {Backend: {VNI: 16777215, MTU: 1400}}
+netConf: {Backend: {VNI: 16777215, MTU: 1400}, SubnetSource: lease}
 flags: {iface: eth1, verbose: true}
 resources: {limits: {memory: 1Gi}}
 `)
@@ -65,9 +66,14 @@ resources: {limits: {memory: 1Gi}}
     "MTU": 1400,
     "VNI": 16777215
   },
-  "Network": "10.244.0.0/16"
+  "Network": "10.244.0.0/16",
+  "SubnetSource": "lease"
 }
 `}
+	if role, err := meta.Accessor(objects["ClusterRole tweed"]); err != nil ||
+		role.GetAnnotations()["tweed.dev/subnet-source"] != "lease" {
+		t.Errorf("the policy's parameter is that of %v (%v)", role, err)
+	}
 	if config, ok := objects["ConfigMap tweed"].(*corev1.ConfigMap); !ok || !maps.Equal(config.Data, want) {
 		t.Errorf("ConfigMap tweed has %q, expected %q", config.Data, want)
 	}
@@ -120,6 +126,7 @@ func TestBadValueIsTaken(t *testing.T) {
 		"netConf: {SubnetMin: 10.244.0.0/24}":                "/netConf/SubnetMin",
 		"netConf: {Reserved: 10.244.0.0/24}":                 "/netConf/Reserved",
 		"netConf: {Underlay: both}":                          "/netConf/Underlay",
+		"netConf: {SubnetSource: spec}":                      "/netConf/SubnetSource",
 		"netConf: {Backend: {Type: udp}}":                    "/netConf/Backend/Type",
 		"netConf: {Backend: {VNI: 0}}":                       "/netConf/Backend/VNI",
 		"netConf: {Backend: {Port: 70000}}":                  "/netConf/Backend/Port",
