@@ -34,7 +34,7 @@ func runBatch(t testing.TB, ns *netnstest.NS, program, commands string) {
 	}
 }
 
-func dualStackFilter(t testing.TB) masq.Ruleset {
+func dualStack(t testing.TB, form masq.Form) masq.Config {
 	t.Helper()
 	network, err := subnet.NewNetwork(subnet.Range{Prefix: netip.MustParsePrefix("10.244.0.0/16")},
 		subnet.Range{Prefix: netip.MustParsePrefix("fd00:10:244::/48")})
@@ -42,7 +42,16 @@ func dualStackFilter(t testing.TB) masq.Ruleset {
 		t.Fatal(err)
 	}
 	own := []netip.Prefix{netip.MustParsePrefix("10.244.3.0/24"), netip.MustParsePrefix("fd00:10:244:3::/64")}
-	return masq.Config{Network: network, Subnets: own, Port: 8472}.Desired()
+	return masq.Config{Form: form, Network: network, Subnets: own, Port: 8472}
+}
+
+func dualStackFilter(t testing.TB) masq.Ruleset { return dualStack(t, masq.IPTables).Desired() }
+
+// inEachForm runs a test with the packet filter in each form.
+func inEachForm(t *testing.T, test func(t *testing.T, form masq.Form)) {
+	for _, form := range []masq.Form{masq.IPTables, masq.NFTables} {
+		t.Run(string(form), func(t *testing.T) { test(t, form) })
+	}
 }
 
 // outside hangs a namespace on the host's uplink, with 192.0.2.1 and 2001:db8::1.
