@@ -20,6 +20,8 @@ const (
 	nfAccept       = 1
 	nfQueue        = 3
 	nftaBitwiseOp  = 6 // NFTA_BITWISE_OP
+	nftaMatchName  = 1 // NFTA_MATCH_NAME and NFTA_TARGET_NAME
+	nftaMatchInfo  = 3 // NFTA_MATCH_INFO
 	nftGoto        = -4
 	nftReturn      = -5
 	sizeofNfgenmsg = 4
@@ -249,11 +251,11 @@ func loadPort(register uint32, port uint16) nftExpr {
 }
 
 // textOf tells what steps do, the same for the same steps whoever wrote them: in which order attributes come is each
-// writer's own, and counters are nobody's affair.
+// writer's own, and neither counters nor comments change anything.
 func textOf(all []nftExpr) string {
 	var steps []string
 	for _, e := range all {
-		if e.name == "counter" {
+		if e.name == "counter" || e.isComment() {
 			continue
 		}
 		var words []string
@@ -287,10 +289,12 @@ func parseNFTRule(b []byte) nftRule {
 			r.handle = getBE64(v)
 		case unix.NFTA_RULE_EXPRESSIONS:
 			for _, elem := range attrs(v) {
-				r.exprs = append(r.exprs, parseExpr(elem))
+				e := parseExpr(elem)
+				r.exprs = append(r.exprs, e)
+				r.ours = r.ours || e.isComment() && getString(attr(e.data, nftaMatchInfo)) == masq.Comment
 			}
 		case unix.NFTA_RULE_USERDATA:
-			r.ours = commentOf(v) == masq.Comment
+			r.ours = r.ours || commentOf(v) == masq.Comment
 		}
 	}
 	return r
@@ -372,11 +376,16 @@ func (e nftExpr) effect() (stops, harms, passes bool) {
 		drops := code == nfDrop || code&0xff == nfQueue
 		return gives && (code >= 0 || code == nftGoto || code == nftReturn), gives && drops, true
 	case "match": // of iptables
-		return false, false, getString(attr(e.data, 1)) == "comment"
+		return false, false, e.isComment()
 	case "target":
-		return effectOf(getString(attr(e.data, 1)))
+		return effectOf(getString(attr(e.data, nftaMatchName)))
 	}
 	return false, false, false
+}
+
+// isComment reports whether e is how iptables keeps a comment (linux/netfilter/xt_comment.h).
+func (e nftExpr) isComment() bool {
+	return e.name == "match" && getString(attr(e.data, nftaMatchName)) == "comment"
 }
 
 // effectOf is effect for a target of iptables.
