@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -30,7 +32,7 @@ type nftables struct {
 	mu     sync.Mutex
 	seen   *nftReading // nil before the first
 	looked time.Time   // when strangers' chains were last looked at
-	drops  []string    // what came of it
+	drops  []nftChain  // those that drop what nothing else takes
 }
 
 // An nftReading is what the kernel said, all of one generation.
@@ -70,7 +72,7 @@ func (n *nftables) observe(_ context.Context, want masq.Ruleset, have *masq.Rule
 	}
 	n.seen.translate(want, have)
 	if want.Has(masq.NFTables) {
-		have.Drops = append(have.Drops, n.drops...)
+		have.Drops = n.unreachable(want)
 	}
 	return nil
 }
@@ -172,9 +174,11 @@ func (n *nftables) chain(c masq.Chain) (chain nftChain, there bool, err error) {
 	return parseNFTChain(b), err == nil, err
 }
 
-func (n *nftables) rules(c masq.Chain) (rules []nftRule, err error) {
-	err = n.conn.dump(nftType(unix.NFT_MSG_GETRULE), ruleMessage(c), func() { rules = nil }, func(b []byte) {
-		if r := parseNFTRule(b); r.chain == c.Name {
+func (n *nftables) rules(c masq.Chain) ([]nftRule, error) { return n.dumpRules(c.Name, ruleMessage(c)) }
+
+func (n *nftables) dumpRules(chain string, of message) (rules []nftRule, err error) {
+	err = n.conn.dump(nftType(unix.NFT_MSG_GETRULE), of, func() { rules = nil }, func(b []byte) {
+		if r := parseNFTRule(b); r.chain == chain {
 			rules = append(rules, r)
 		}
 	})
@@ -195,34 +199,74 @@ func ruleMessage(c masq.Chain) message {
 	return m
 }
 
-// look names strangers' chains that drop what nothing else takes. There can be many chains, kube-proxy's by the
+// look finds strangers' chains that drop what nothing else takes. There can be many chains, kube-proxy's by the
 // thousands, so it is done no more often than a person needs.
 func (n *nftables) look() error {
 	if time.Since(n.looked) < trust {
 		return nil
 	}
-	var drops []string
+	var drops []nftChain
 	m := nfMessage(unix.AF_UNSPEC)
 	err := n.conn.dump(nftType(unix.NFT_MSG_GETCHAIN), m, func() { drops = nil }, func(b []byte) {
 		c := parseNFTChain(b)
-		if c.base && c.hook == unix.NF_INET_FORWARD && c.policy == nfDrop && !c.hosts() {
-			if family := map[uint8]string{
-				unix.NFPROTO_INET: "inet", unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6"}[c.family]; family != "" {
-				drops = append(drops, fmt.Sprintf("chain %s of table %s %s drops what it does not accept, packets of pods "+
-					"too; have it accept them: nft add rule %s %s %s ...", c.name, family, c.table, family, c.table, c.name))
-			}
+		if c.base && c.hook == unix.NF_INET_FORWARD && c.policy == nfDrop && nftFamilies[c.family] != "" && !c.isHost() {
+			drops = append(drops, c)
 		}
 	})
 	if err != nil {
 		return err
 	}
+	for i, c := range drops {
+		m := nfMessage(c.family)
+		m.string(unix.NFTA_RULE_TABLE, c.table)
+		m.string(unix.NFTA_RULE_CHAIN, c.name)
+		if drops[i].rules, err = n.dumpRules(c.name, m); err != nil && !isNoNFT(err) {
+			return err
+		}
+	}
 	n.looked, n.drops = time.Now(), drops
 	return nil
 }
 
-// hosts reports whether c is a chain that our guests stand in.
-func (c nftChain) hosts() bool {
+// nftFamilies are those whose chains see packets of pods that are forwarded.
+var nftFamilies = map[uint8]string{unix.NFPROTO_INET: "inet", unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6"}
+
+// isHost reports whether c is a chain that our guests stand in.
+func (c nftChain) isHost() bool {
 	return c.family != unix.NFPROTO_INET && c.table == masq.FilterTable && c.name == masq.BaseForward
+}
+
+// unreachable names what drops packets of pods although everything is as desired, and the way out. Where somebody took
+// that way, a rule with our comment tells.
+func (n *nftables) unreachable(want masq.Ruleset) (drops []string) {
+	for _, c := range n.drops {
+		if slices.ContainsFunc(c.rules, func(r nftRule) bool { return r.ours }) {
+			continue
+		}
+		family := nftFamilies[c.family]
+		drops = append(drops, fmt.Sprintf("chain %s of table %s %s drops what it does not accept, packets of pods too; %s",
+			c.name, family, c.table, wayOut(want, c.family, fmt.Sprintf("nft insert rule %s %s %s", family, c.table, c.name))))
+	}
+	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+		if legacyDrops(family) {
+			command := family.Command() + "-legacy"
+			drops = append(drops, fmt.Sprintf("the policy of FORWARD in %s is DROP, for packets of pods too; have it accept "+
+				"(%s -P FORWARD ACCEPT), or set PacketFilter in net-conf.json to \"iptables\"", command, command))
+		}
+	}
+	return drops
+}
+
+// wayOut lists the commands by which a chain of one of nftables' families accepts packets of pods.
+func wayOut(want masq.Ruleset, family uint8, command string) string {
+	var lines []string
+	for g := range want.Guests {
+		if g.Host.Name == masq.BaseForward && (family == unix.NFPROTO_INET || family == nfproto(g.Host.Family)) {
+			lines = append(lines, command+" "+strings.Join(g.Rule.Words(g.Host.Family), " "))
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "; ")
 }
 
 // translate tells what was read in terms of what is wanted.
