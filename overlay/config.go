@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/subnet"
 )
@@ -21,6 +22,10 @@ type Config struct {
 	Underlay int
 	// SubnetSource says where a Kubernetes node's subnets come from.
 	SubnetSource subnet.Origin
+	// PacketFilter says what this node's packet filter is written in.
+	PacketFilter masq.Form
+	// NonMasquerade holds addresses that see pods by their own addresses, the pod network's apart.
+	NonMasquerade []netip.Prefix
 }
 
 // BackendConfig says how packets reach other nodes.
@@ -79,6 +84,7 @@ func ParseConfig(text []byte) (Config, error) {
 	if len(d.errs) == 0 {
 		d.checkMTU()
 		d.buildNetwork()
+		d.checkExceptions()
 	}
 	if err := errors.Join(d.errs...); err != nil {
 		return Config{}, err
@@ -141,6 +147,7 @@ func newDraft() *draft {
 		Config: Config{
 			Backend:      BackendConfig{Type: vxlan.Name, VNI: defaultVNI, Port: defaultPort, ChecksumOffload: "auto"},
 			SubnetSource: subnet.OriginAuto,
+			PacketFilter: masq.IPTables,
 		},
 		ipv4:  familyDraft{version: 4, enabled: true},
 		ipv6:  familyDraft{version: 6},
@@ -199,6 +206,16 @@ func (d *draft) buildNetwork() {
 	for _, p := range d.reserved {
 		if len(d.errs) == 0 && !d.Network.Contains(p) {
 			d.fail("Reserved", "%s is not inside the pod network %v", p, d.Network.Prefixes())
+		}
+	}
+}
+
+// checkExceptions refuses exceptions from masquerading that could never be met.
+func (d *draft) checkExceptions() {
+	for _, p := range d.NonMasquerade {
+		if _, ok := d.Network.Range(p.Addr()); !ok {
+			d.fail("NonMasqueradeCIDRs", "%s means nothing without IPv%d in the pod network; remove it, or set %q: true",
+				p, family(p.Addr()), fmt.Sprintf("EnableIPv%d", family(p.Addr())))
 		}
 	}
 }

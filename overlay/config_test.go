@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/subnet"
 )
 
@@ -32,8 +33,8 @@ func TestConfigThatCannotBeUsed(t *testing.T) {
 		{`{"network": "10.244.0.0/16"}`, "network: unknown key; did you mean Network? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "SubnetLenn": 24}`, "SubnetLenn: unknown key; did you mean SubnetLen?"},
 		{`{"Network": "10.244.0.0/16", "Colour": "blue"}`, "Colour: unknown key; known are Backend, EnableIPv4, EnableIPv6, " +
-			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, Reserved, SubnetLen, SubnetMax, SubnetMin, " +
-			"SubnetSource, Underlay"},
+			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, NonMasqueradeCIDRs, PacketFilter, Reserved, " +
+			"SubnetLen, SubnetMax, SubnetMin, SubnetSource, Underlay"},
 		{`{"Network": "10.244.0.0/16", "Backend": {"Vni": 1}}`,
 			"Backend.Vni: unknown key; did you mean VNI? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "Network": "10.244.0.0/16"}`,
@@ -110,6 +111,14 @@ SubnetLen 24: means nothing without IPv4; set "EnableIPv4": true, or remove the 
 
 		// Underlay and backend.
 		{`{"Network": "10.244.0.0/16", "Underlay": "IPv6"}`, `Underlay "IPv6": want "ipv4" or "ipv6"`},
+		{`{"Network": "10.244.0.0/16", "PacketFilter": "nft"}`, `PacketFilter "nft": want "iptables" or "nftables"`},
+		{`{"Network": "10.244.0.0/16", "NonMasqueradeCIDRs": "10.0.0.0/8"}`,
+			`NonMasqueradeCIDRs "10.0.0.0/8": want a list of prefixes, such as ["10.0.0.0/8"]`},
+		{`{"Network": "10.244.0.0/16", "NonMasqueradeCIDRs": ["10.0.0.0/8", "10.0.0.1"]}`,
+			`NonMasqueradeCIDRs ["10.0.0.0/8","10.0.0.1"]: number 2, "10.0.0.1": want a prefix, such as "10.0.0.0/8"`},
+		{`{"Network": "10.244.0.0/16", "NonMasqueradeCIDRs": ["fd00::/8"]}`,
+			`NonMasqueradeCIDRs ["fd00::/8"]: fd00::/8 means nothing without IPv6 in the pod network; remove it, or set ` +
+				`"EnableIPv6": true`},
 		{`{"Network": "10.244.0.0/16", "SubnetSource": "Lease"}`,
 			`SubnetSource "Lease": want "auto", "node-spec" or "lease"`},
 		{`{"Network": "10.244.0.0/16", "SubnetSource": ""}`, `SubnetSource "": want "auto", "node-spec" or "lease"`},
@@ -138,7 +147,7 @@ SubnetLen 24: means nothing without IPv4; set "EnableIPv4": true, or remove the 
 		{`{"Network": "10.244.0.0/16", "Backend": {"ChecksumOffload": "on"}}`,
 			`Backend.ChecksumOffload "on": want "auto" or "off"`},
 		{`{"Network": "10.244.0.0/16", "EnableNFTables": true}`, "EnableNFTables: a key of flannel that has no meaning here: " +
-			"the packet filter is written with the system's iptables, whichever kind that is; remove the key"},
+			`write "PacketFilter": "nftables" for true; remove the key`},
 		{`{"Network": "10.244.0.0/16", "Backend": {"ListenPort": 51820}}`,
 			"Backend.ListenPort: a key of flannel that has no meaning here: the tunnel's UDP port is Port"},
 
@@ -168,7 +177,7 @@ func TestSmallestConfigIsCompletedByDefaults(t *testing.T) {
 		t.Errorf("backend is %+v", c.Backend)
 	}
 	if len(c.Network) != 1 || c.Network[0].Len != 24 || c.Network[0].Count() != 256 || c.Underlay != 0 ||
-		c.SubnetSource != subnet.OriginAuto {
+		c.SubnetSource != subnet.OriginAuto || c.PacketFilter != masq.IPTables || c.NonMasquerade != nil {
 		t.Errorf("%+v", c)
 	}
 }
@@ -180,7 +189,7 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 		"IPv6Network": "fc00::/7", "IPv6SubnetLen": 80, "IPv6SubnetMin": "fc00:1::", "IPv6SubnetMax": "fc00:2::",
 		"Reserved": ["10.11.0.0/16", "fc00:1:1::/48", "10.12.0.0/16"],
 		"Underlay": "ipv6",
-		"SubnetSource": "lease",
+		"SubnetSource": "lease", "PacketFilter": "nftables", "NonMasqueradeCIDRs": ["192.0.2.0/24", "::/0"],
 		"Backend": {
 			"Type": "vxlan", "VNI": 16777215, "Port": 4789, "MTU": 9000, "DirectRouting": false, "ChecksumOffload": "off"
 		}
@@ -207,6 +216,10 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 	backend := BackendConfig{Type: "vxlan", VNI: 16777215, Port: 4789, MTU: 9000, ChecksumOffload: "off"}
 	if c.Backend != backend || c.Underlay != 6 || c.SubnetSource != subnet.OriginLease {
 		t.Errorf("backend is %+v, underlay %d, subnets by %s", c.Backend, c.Underlay, c.SubnetSource)
+	}
+	exceptions := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("::/0")}
+	if c.PacketFilter != masq.NFTables || !slices.Equal(c.NonMasquerade, exceptions) {
+		t.Errorf("packet filter by %s, without masquerading %v", c.PacketFilter, c.NonMasquerade)
 	}
 }
 

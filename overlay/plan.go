@@ -147,6 +147,9 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	if err != nil {
 		return Plan{}, fmt.Errorf("reading the kernel's network state: %w", err)
 	}
+	for _, drop := range rules.Drops {
+		plan.Problems = append(plan.Problems, subnet.Problem{Node: in.node.Name, Kind: subnet.KindPods, Text: drop})
+	}
 	ops, problems := backend.Diff(want.state, have)
 	plan.Ops = append(masq.Diff(want.filter, rules), ops...)
 	for _, pr := range problems {
@@ -246,7 +249,10 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 		acceptAdvertised(in.advertised),
 		vx.Desired(d.self, peers, in.uplink),
 	)
-	d.filter = masq.Config{Network: p.Config.Network, Subnets: served, Port: vx.Port}.Desired()
+	d.filter = masq.Config{
+		Form: p.Config.PacketFilter, Network: p.Config.Network, Subnets: served, Port: vx.Port,
+		NonMasquerade: p.Config.NonMasquerade,
+	}.Desired()
 	d.warn(in)
 	return d
 }

@@ -124,8 +124,20 @@ func (f *Fake) ObserveFilter(ctx context.Context, _ masq.Ruleset) (masq.Ruleset,
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	have := f.filter
-	have.Chains, have.Jumps = maps.Clone(have.Chains), maps.Clone(have.Jumps)
+	have.Chains, have.Jumps, have.Tables = maps.Clone(have.Chains), maps.Clone(have.Jumps), maps.Clone(have.Tables)
+	have.Guests, have.Hosts = maps.Clone(have.Guests), maps.Clone(have.Hosts)
 	return have, ctx.Err()
+}
+
+// SetFilterHost gives the packet filter a chain of others that rules of ours can be put in.
+func (f *Fake) SetFilterHost(c masq.Chain, h masq.Host) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.filter.Hosts = maps.Clone(f.filter.Hosts)
+	if f.filter.Hosts == nil {
+		f.filter.Hosts = map[masq.Chain]masq.Host{}
+	}
+	f.filter.Hosts[c] = h
 }
 
 // Interfaces is as in Kernel.

@@ -29,6 +29,12 @@ func (h fakeHost) byHand(op backend.Op) {
 	}
 }
 
+func (h fakeHost) dropForwarded() {
+	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+		h.SetFilterHost(masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.BaseForward}, masq.Host{})
+	}
+}
+
 // A realHost is a Kernel in a network namespace of its own.
 type realHost struct {
 	*Kernel
@@ -113,3 +119,8 @@ func (h *realHost) addStranger(o backend.Object) {
 
 // byHand types what the operation says.
 func (h *realHost) byHand(op backend.Op) { h.ns.Run(h.t, op.String()) }
+
+func (h *realHost) dropForwarded() {
+	h.ns.Run(h.t, "iptables -P FORWARD DROP")
+	h.ns.Run(h.t, "ip6tables -P FORWARD DROP")
+}

@@ -31,6 +31,7 @@ type Kernel struct {
 	root   string
 	log    *slog.Logger
 	filter *filter
+	nft    *nftables
 
 	mu    sync.Mutex
 	index map[string]int // of links, as last seen
@@ -50,7 +51,7 @@ func New(o Options) (*Kernel, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	c, err := dial()
+	c, err := dial(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
@@ -59,12 +60,15 @@ func New(o Options) (*Kernel, error) {
 		c.close()
 		return nil, fmt.Errorf("opening a socket for device settings: %w", err)
 	}
-	return &Kernel{conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, filter: &filter{}, index: map[string]int{}}, nil
+	return &Kernel{
+		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, filter: &filter{}, nft: dialNFT(), index: map[string]int{},
+	}, nil
 }
 
 // Close lets go of the namespace. Nothing in it changes.
 func (k *Kernel) Close() {
 	k.conn.close()
+	k.nft.close()
 	unix.Close(k.ioctl)
 }
 

@@ -16,6 +16,7 @@ import (
 	"tweed.dev/tweed/backend"
 	bridges "tweed.dev/tweed/backend/bridge"
 	"tweed.dev/tweed/backend/kernel/netnstest"
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/subnet"
 )
@@ -101,10 +102,13 @@ func TestPodAddressesReachEachOtherThroughTheTunnel(t *testing.T) {
 	}
 }
 
-func TestPassWithNothingToDoWritesNothing(t *testing.T) {
+func TestPassWithNothingToDoWritesNothing(t *testing.T) { inEachForm(t, testWritesNothing) }
+
+func testWritesNothing(t *testing.T, form masq.Form) {
 	h := newRealHost(t)
+	h.dropForwarded()
 	pass(t, h, sample())
-	filterPass(t, h, dualStackFilter(t))
+	filterPass(t, h, dualStack(t, form).Desired())
 	for h.ns.Run(t, "ip -6 addr show tentative") != "" { // the kernel tells when it is through with its own addresses
 	}
 	var groups [2]*os.File
@@ -113,9 +117,12 @@ func TestPassWithNothingToDoWritesNothing(t *testing.T) {
 		groups[1] = listenAll(t, unix.NETLINK_NETFILTER)
 	})
 	pass(t, h, sample())
-	filterPass(t, h, dualStackFilter(t))
+	filterPass(t, h, dualStack(t, form).Desired())
 	h.filter.changes.Add(1)
-	filterPass(t, h, dualStackFilter(t))
+	filterPass(t, h, dualStack(t, form).Desired())
+	h.open() // a restart
+	pass(t, h, sample())
+	filterPass(t, h, dualStack(t, form).Desired())
 	for _, f := range groups {
 		buf := make([]byte, 1<<16)
 		n, _, err := syscall.Recvfrom(int(f.Fd()), buf, syscall.MSG_DONTWAIT)

@@ -1,0 +1,504 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/masq"
+)
+
+const (
+	// nftTries is how often a reading, or a change that follows from one, starts over because others wrote meanwhile.
+	nftTries = 20
+	// natChain is the type of a chain that translates.
+	natChain = "nat"
+)
+
+var errUnsteady = errors.New("others changed nftables again and again while we looked")
+
+// An nftables is the packet filter in its newer form, and what was last read of it. It is read and written by netlink
+// alone. The kernel numbers its generations, so at rest nothing but that number is asked for.
+type nftables struct {
+	conn   *conn
+	noConn error
+
+	mu     sync.Mutex
+	seen   *nftReading // nil before the first
+	looked time.Time   // when strangers' chains were last looked at
+	drops  []nftChain  // those that drop what nothing else takes
+}
+
+// An nftReading is what the kernel said, all of one generation.
+type nftReading struct {
+	generation uint32
+	tables     map[masq.Table]bool
+	chains     map[masq.Chain]nftChain // those of ours and of our hosts that are there
+	iptables   bool                    // there are chains that we wrote by iptables
+}
+
+func dialNFT() *nftables {
+	n := &nftables{}
+	n.conn, n.noConn = dial(unix.NETLINK_NETFILTER)
+	return n
+}
+
+func (n *nftables) close() {
+	if n.conn != nil {
+		n.conn.close()
+	}
+}
+
+// observe adds to have what is ours, and the chains of others that it stands in.
+func (n *nftables) observe(_ context.Context, want masq.Ruleset, have *masq.Ruleset) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	generation, err := n.generation()
+	if err == nil && (n.seen == nil || n.seen.generation != generation) {
+		var now *nftReading
+		if now, err = n.read(); err == nil {
+			n.seen = now
+			err = n.look()
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("reading nftables: %w", err)
+	}
+	n.seen.translate(want, have)
+	if want.Has(masq.NFTables) {
+		have.Drops = n.unreachable(want)
+	}
+	return nil
+}
+
+// iptables reports whether chains that we wrote by iptables in its newer form are there; where nobody could look, they
+// may be.
+func (n *nftables) iptables() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.seen == nil || n.seen.iptables
+}
+
+func (n *nftables) generation() (uint32, error) {
+	if n.noConn != nil {
+		return 0, n.noConn
+	}
+	b, err := n.conn.get(nftType(unix.NFT_MSG_GETGEN), nfMessage(unix.AF_UNSPEC))
+	return getBE32(attr(nfBody(b), unix.NFTA_GEN_ID)), err
+}
+
+// read reads anew, over again until one generation lasted from before to after it.
+func (n *nftables) read() (*nftReading, error) {
+	generation, err := n.generation()
+	for range nftTries {
+		now := &nftReading{
+			generation: generation, tables: map[masq.Table]bool{}, chains: map[masq.Chain]nftChain{},
+		}
+		for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+			if err == nil {
+				err = n.readFamily(family, now)
+			}
+		}
+		if err == nil {
+			generation, err = n.generation()
+		}
+		if err != nil || generation == now.generation {
+			return now, err
+		}
+	}
+	return nil, errUnsteady
+}
+
+func (n *nftables) readFamily(family masq.Family, into *nftReading) error {
+	table := masq.Table{Family: family, Name: masq.OwnTable}
+	m := nfMessage(nfproto(family))
+	m.string(unix.NFTA_TABLE_NAME, table.Name)
+	if _, err := n.conn.get(nftType(unix.NFT_MSG_GETTABLE), m); err == nil {
+		into.tables[table] = true
+	} else if !isNoNFT(err) {
+		return err
+	}
+	own := nftWay(family)
+	for _, c := range append(nftHosts(family), own.Chain, own.Base()) {
+		chain, there, err := n.chain(c)
+		if err == nil && there {
+			chain.rules, err = n.rules(c)
+			into.chains[c] = chain
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for _, way := range ways(family) {
+		_, there, err := n.chain(way.Chain)
+		if err != nil {
+			return err
+		}
+		into.iptables = into.iptables || there
+	}
+	return nil
+}
+
+// nftWay returns the way into what we translate of one family.
+func nftWay(family masq.Family) masq.Jump {
+	return masq.Jump{
+		Chain: masq.Chain{Family: family, Table: masq.OwnTable, Name: masq.Translate}, From: masq.NatHook,
+	}
+}
+
+// nftHosts lists the chains of others that rules of ours may stand in.
+func nftHosts(family masq.Family) []masq.Chain {
+	return []masq.Chain{
+		{Family: family, Table: masq.FilterTable, Name: masq.BaseForward},
+		{Family: family, Table: masq.FilterTable, Name: masq.DockerUser},
+		{Family: family, Table: masq.NatTable, Name: masq.BasePostrouting},
+	}
+}
+
+// isNoNFT reports whether err says that something is not there, or that this kernel does not know its family.
+func isNoNFT(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
+}
+
+func (n *nftables) chain(c masq.Chain) (chain nftChain, there bool, err error) {
+	b, err := n.conn.get(nftType(unix.NFT_MSG_GETCHAIN), chainMessage(c))
+	if isNoNFT(err) {
+		return nftChain{}, false, nil
+	}
+	return parseNFTChain(b), err == nil, err
+}
+
+func (n *nftables) rules(c masq.Chain) ([]nftRule, error) { return n.dumpRules(c.Name, ruleMessage(c)) }
+
+func (n *nftables) dumpRules(chain string, of message) (rules []nftRule, err error) {
+	err = n.conn.dump(nftType(unix.NFT_MSG_GETRULE), of, func() { rules = nil }, func(b []byte) {
+		if r := parseNFTRule(b); r.chain == chain {
+			rules = append(rules, r)
+		}
+	})
+	return rules, err
+}
+
+func chainMessage(c masq.Chain) message {
+	m := nfMessage(nfproto(c.Family))
+	m.string(unix.NFTA_CHAIN_TABLE, c.Table)
+	m.string(unix.NFTA_CHAIN_NAME, c.Name)
+	return m
+}
+
+func ruleMessage(c masq.Chain) message {
+	m := nfMessage(nfproto(c.Family))
+	m.string(unix.NFTA_RULE_TABLE, c.Table)
+	m.string(unix.NFTA_RULE_CHAIN, c.Name)
+	return m
+}
+
+// look finds strangers' chains that drop what nothing else takes. There can be many chains, kube-proxy's by the
+// thousands, so it is done no more often than a person needs.
+func (n *nftables) look() error {
+	if time.Since(n.looked) < trust {
+		return nil
+	}
+	var drops []nftChain
+	m := nfMessage(unix.AF_UNSPEC)
+	err := n.conn.dump(nftType(unix.NFT_MSG_GETCHAIN), m, func() { drops = nil }, func(b []byte) {
+		c := parseNFTChain(b)
+		if c.base && c.hook == unix.NF_INET_FORWARD && c.policy == nfDrop && nftFamilies[c.family] != "" && !c.isHost() {
+			drops = append(drops, c)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	for i, c := range drops {
+		m := nfMessage(c.family)
+		m.string(unix.NFTA_RULE_TABLE, c.table)
+		m.string(unix.NFTA_RULE_CHAIN, c.name)
+		if drops[i].rules, err = n.dumpRules(c.name, m); err != nil && !isNoNFT(err) {
+			return err
+		}
+	}
+	n.looked, n.drops = time.Now(), drops
+	return nil
+}
+
+// nftFamilies are those whose chains see packets of pods that are forwarded.
+var nftFamilies = map[uint8]string{unix.NFPROTO_INET: "inet", unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6"}
+
+// isHost reports whether c is a chain that our guests stand in.
+func (c nftChain) isHost() bool {
+	return c.family != unix.NFPROTO_INET && c.table == masq.FilterTable && c.name == masq.BaseForward
+}
+
+// unreachable names what drops packets of pods although everything is as desired, and the way out. Where somebody took
+// that way, a rule with our comment tells.
+func (n *nftables) unreachable(want masq.Ruleset) (drops []string) {
+	for _, c := range n.drops {
+		if slices.ContainsFunc(c.rules, func(r nftRule) bool { return r.ours }) {
+			continue
+		}
+		family := nftFamilies[c.family]
+		drops = append(drops, fmt.Sprintf("chain %s of table %s %s drops what it does not accept, packets of pods too; %s",
+			c.name, family, c.table, wayOut(want, c.family, fmt.Sprintf("nft insert rule %s %s %s", family, c.table, c.name))))
+	}
+	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+		if legacyDrops(family) {
+			command := family.Command() + "-legacy"
+			drops = append(drops, fmt.Sprintf("the policy of FORWARD in %s is DROP, for packets of pods too; have it accept "+
+				"(%s -P FORWARD ACCEPT), or set PacketFilter in net-conf.json to \"iptables\"", command, command))
+		}
+	}
+	return drops
+}
+
+// wayOut lists the commands by which a chain of one of nftables' families accepts packets of pods.
+func wayOut(want masq.Ruleset, family uint8, command string) string {
+	var lines []string
+	for g := range want.Guests {
+		if g.Host.Name == masq.BaseForward && (family == unix.NFPROTO_INET || family == nfproto(g.Host.Family)) {
+			lines = append(lines, command+" "+strings.Join(g.Rule.Words(g.Host.Family), " "))
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "; ")
+}
+
+// translate tells what was read in terms of what is wanted.
+func (s *nftReading) translate(want masq.Ruleset, have *masq.Ruleset) {
+	for t := range s.tables {
+		have.Tables[t] = true
+	}
+	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+		way := nftWay(family)
+		if c, there := s.chains[way.Chain]; there {
+			have.Chains[way.Chain], have.Handles[way.Chain] = c.known(family, want.Chains[way.Chain])
+		}
+		if base, there := s.chains[way.Base()]; there && base.leads(way) {
+			have.Jumps[way] = true
+		}
+		for _, host := range nftHosts(family) {
+			if c, there := s.chains[host]; there {
+				have.Hosts[host] = c.host()
+				c.guests(host, want, have)
+			}
+		}
+	}
+}
+
+// known returns the rules of a chain of ours, as those of want that they are, or else as unknown ones, and their handles.
+func (c nftChain) known(family masq.Family, want []masq.Rule) (rules []masq.Rule, handles []uint64) {
+	byText := map[string]masq.Rule{}
+	for _, r := range want {
+		byText[textOf(exprs(family, r))] = r
+	}
+	rules = []masq.Rule{}
+	for _, r := range c.rules {
+		text := textOf(r.exprs)
+		rule, known := byText[text]
+		if !known || !r.ours {
+			rule = masq.Rule{Unknown: text}
+		}
+		rules, handles = append(rules, rule), append(handles, r.handle)
+	}
+	return rules, handles
+}
+
+// leads reports whether c is the hook of way, and holds the jump and nothing else.
+func (c nftChain) leads(way masq.Jump) bool {
+	return c.base && c.typ == natChain && c.hook == unix.NF_INET_POST_ROUTING && c.priority == masq.NatPriority &&
+		c.policy == nfAccept && len(c.rules) == 1 &&
+		textOf(c.rules[0].exprs) == textOf([]nftExpr{verdict(unix.NFT_JUMP, way.Chain.Name)})
+}
+
+// guests adds those rules of c that are ours and that packets get to. A jump with our comment is iptables'.
+func (c nftChain) guests(host masq.Chain, want masq.Ruleset, have *masq.Ruleset) {
+	byText := map[string]masq.Guest{}
+	for g := range want.Guests {
+		if g.Host == host {
+			byText[textOf(exprs(host.Family, g.Rule))] = g
+		}
+	}
+	for _, r := range c.rules {
+		if ends, _ := r.end(); ends {
+			return
+		}
+		if !r.ours || r.jumps() {
+			continue
+		}
+		text := textOf(r.exprs)
+		g, known := byText[text]
+		if !known {
+			g = masq.Guest{Host: host, Rule: masq.Rule{Unknown: text}}
+		}
+		have.Guests[g] = r.handle
+	}
+}
+
+// apply makes one change, in one transaction that does not happen if others wrote since it was looked for its place.
+func (n *nftables) apply(op backend.Op) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for range nftTries {
+		generation, err := n.generation()
+		if err != nil {
+			return err
+		}
+		changes, err := n.changes(op)
+		if err != nil || len(changes) == 0 {
+			return err
+		}
+		if err = n.conn.commit(generation, changes); !errors.Is(err, unix.ERESTART) {
+			return err
+		}
+	}
+	return errUnsteady
+}
+
+func (n *nftables) changes(op backend.Op) ([]nftChange, error) {
+	switch o := op.What.(type) {
+	case masq.Table:
+		m := nfMessage(nfproto(o.Family))
+		m.string(unix.NFTA_TABLE_NAME, o.Name)
+		if op.Do == backend.Delete {
+			return []nftChange{{typ: unix.NFT_MSG_DELTABLE, body: m}}, nil
+		}
+		return []nftChange{{unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE | unix.NLM_F_EXCL, m}}, nil
+	case masq.Chain:
+		if op.Do == backend.Delete {
+			return deleteChain(o), nil
+		}
+		return []nftChange{{unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE | unix.NLM_F_EXCL, chainMessage(o)}}, nil
+	case masq.Jump:
+		return n.changeJump(op.Do, o)
+	case masq.Entry:
+		return n.changeEntry(op.Do, o)
+	case masq.Guest:
+		return n.changeGuest(op.Do, o)
+	}
+	return nil, fmt.Errorf("nftables has no %s", op.What.Kind())
+}
+
+func deleteChain(c masq.Chain) []nftChange {
+	return []nftChange{
+		{typ: unix.NFT_MSG_DELRULE, body: ruleMessage(c)}, // all of its rules
+		{typ: unix.NFT_MSG_DELCHAIN, body: chainMessage(c)},
+	}
+}
+
+// changeJump makes the hook anew, whatever of that name was there: the table is ours.
+func (n *nftables) changeJump(do backend.Verb, j masq.Jump) (changes []nftChange, err error) {
+	_, there, err := n.chain(j.Base())
+	if there {
+		changes = deleteChain(j.Base())
+	}
+	if err != nil || do == backend.Delete {
+		return changes, err
+	}
+	m := chainMessage(j.Base())
+	m.nest(unix.NFTA_CHAIN_HOOK, func(m *message) {
+		m.be32(unix.NFTA_HOOK_HOOKNUM, unix.NF_INET_POST_ROUTING)
+		m.be32(unix.NFTA_HOOK_PRIORITY, masq.NatPriority)
+	})
+	m.be32(unix.NFTA_CHAIN_POLICY, nfAccept)
+	m.string(unix.NFTA_CHAIN_TYPE, natChain)
+	jump := []nftExpr{verdict(unix.NFT_JUMP, j.Chain.Name)}
+	return append(changes, nftChange{unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE | unix.NLM_F_EXCL, m},
+		newRule(j.Base(), jump, unix.NLM_F_APPEND, 0)), nil
+}
+
+// newRule puts a rule behind the one with the handle beside, or in front of it; if that is 0, at the end or the start.
+func newRule(c masq.Chain, steps []nftExpr, behind int, beside uint64) nftChange {
+	m := ruleMessage(c)
+	m.nest(unix.NFTA_RULE_EXPRESSIONS, func(m *message) {
+		for _, e := range steps {
+			m.nest(unix.NFTA_LIST_ELEM, func(m *message) {
+				m.string(unix.NFTA_EXPR_NAME, e.name)
+				m.bytes(unix.NFTA_EXPR_DATA, e.data)
+			})
+		}
+	})
+	m.bytes(unix.NFTA_RULE_USERDATA, append([]byte{commentUdata, byte(len(masq.Comment) + 1)}, masq.Comment+"\x00"...))
+	if beside != 0 {
+		m.be64(unix.NFTA_RULE_POSITION, beside)
+	}
+	return nftChange{unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE | behind, m}
+}
+
+func deleteRule(c masq.Chain, handle uint64) nftChange {
+	m := ruleMessage(c)
+	m.be64(unix.NFTA_RULE_HANDLE, handle)
+	return nftChange{typ: unix.NFT_MSG_DELRULE, body: m}
+}
+
+func (n *nftables) changeEntry(do backend.Verb, e masq.Entry) ([]nftChange, error) {
+	rules, err := n.rules(e.Chain)
+	if err != nil {
+		return nil, err
+	}
+	steps := exprs(e.Chain.Family, e.Rule)
+	switch {
+	case do == backend.Delete:
+		text := e.Rule.Unknown
+		if text == "" {
+			text = textOf(steps)
+		}
+		if e.At > len(rules) || textOf(rules[e.At-1].exprs) != text {
+			return nil, fmt.Errorf("chain %s changed since the last look", e.Chain.Name)
+		}
+		return []nftChange{deleteRule(e.Chain, rules[e.At-1].handle)}, nil
+	case e.At == 1:
+		return []nftChange{newRule(e.Chain, steps, 0, 0)}, nil
+	case e.At > len(rules)+1:
+		return nil, fmt.Errorf("chain %s changed since the last look", e.Chain.Name)
+	}
+	return []nftChange{newRule(e.Chain, steps, unix.NLM_F_APPEND, rules[e.At-2].handle)}, nil
+}
+
+// changeGuest takes away all copies of a rule, those that packets do not get to too, before it adds one.
+func (n *nftables) changeGuest(do backend.Verb, g masq.Guest) (changes []nftChange, err error) {
+	host, there, err := n.chain(g.Host)
+	if err == nil && there {
+		host.rules, err = n.rules(g.Host)
+	}
+	if err != nil || !there && do == backend.Delete {
+		return nil, err
+	}
+	steps := exprs(g.Host.Family, g.Rule)
+	text := g.Rule.Unknown
+	if text == "" {
+		text = textOf(steps)
+	}
+	for _, r := range host.rules {
+		if r.ours && textOf(r.exprs) == text {
+			changes = append(changes, deleteRule(g.Host, r.handle))
+		}
+	}
+	if do == backend.Delete {
+		return changes, nil
+	}
+	if end := host.host().End; end > 0 {
+		return append(changes, newRule(g.Host, steps, 0, host.rules[end-1].handle)), nil
+	}
+	return append(changes, newRule(g.Host, steps, unix.NLM_F_APPEND, 0)), nil
+}
+
+// isNFT reports whether what belongs to nftables, and not to iptables.
+func isNFT(what backend.Object) bool {
+	switch o := what.(type) {
+	case masq.Chain:
+		return o.Form() == masq.NFTables
+	case masq.Jump:
+		return o.Chain.Form() == masq.NFTables
+	case masq.Entry:
+		return o.Chain.Form() == masq.NFTables
+	case masq.Table, masq.Guest:
+		return true
+	}
+	return false
+}
