@@ -43,8 +43,9 @@ type tally struct {
 	drift map[string]int // operations that repaired drift, by kind
 }
 
-// tally counts what became of a plan's operations. Where the kernel should hold what it should have held before, what had
-// to be done is drift, but for what is owed: commands that had to be given before and have failed ever since.
+// tally counts what became of a plan's operations. Where the kernel should hold what it should have held before, what
+// had to be done is drift, but for what is owed: commands that were needed for another reason and have not been done
+// since. What is owed from now on is owes.
 func (res result) tally(plan Plan, owed map[string]bool) (t tally, owes map[string]bool) {
 	t = tally{ops: map[outcome]int{}, drift: map[string]int{}}
 	owes = map[string]bool{}

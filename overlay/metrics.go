@@ -22,8 +22,9 @@ import (
 // mostScrapes bounds how many scrapes are answered at a time; each reads the directory of pods' addresses.
 const mostScrapes = 3
 
-// CheckMetricsAddress refuses what is not HOST:PORT, where /metrics can be served alone. HOST is an address of this node, or empty
-// for all of them, as 0.0.0.0 and [::] are for those of one family or both; names are not looked up.
+// CheckMetricsAddress refuses what is not HOST:PORT, or not a place to serve /metrics alone at. HOST is an address of
+// this node, or empty for all of them, as 0.0.0.0 and [::] are for those of one family or both; names are not looked
+// up. The error quotes s.
 func CheckMetricsAddress(s string) error {
 	host, number, err := net.SplitHostPort(s)
 	if err != nil {

@@ -93,8 +93,8 @@ func (h *metered) quiet() {
 	}
 }
 
-// TestFaultMovesAnotherCounter deletes and changes one object of each kind after the other. What the kernel itself takes
-// away with an object is repaired too, and counted by its own kind.
+// TestFaultMovesAnotherCounter deletes and changes one object of each kind after the other. What the kernel itself
+// takes away with an object is repaired too, and counted by its own kind.
 func TestFaultMovesAnotherCounter(t *testing.T) {
 	h := newMetered(t)
 	h.quiet()
@@ -112,7 +112,8 @@ func TestFaultMovesAnotherCounter(t *testing.T) {
 		{"ip route replace 10.244.2.0/24 via 10.244.2.9 dev tweed.1 onlink proto 116", map[string]int{"route": 1}},
 		{"ip route add 10.99.0.0/24 dev eth0 proto 116", map[string]int{"route": 1}},
 		{"ip neigh del 10.244.2.0 dev tweed.1", map[string]int{"neighbour": 1}},
-		{"ip neigh replace 10.244.2.0 lladdr 0e:00:00:00:00:09 dev tweed.1 nud permanent", map[string]int{"neighbour": 1}},
+		{"ip neigh replace 10.244.2.0 lladdr 0e:00:00:00:00:09 dev tweed.1 nud permanent",
+			map[string]int{"neighbour": 1}},
 		{"bridge fdb del 0e:00:00:00:00:02 dev tweed.1", map[string]int{"fdb": 1}},
 		{"bridge fdb replace 0e:00:00:00:00:02 dev tweed.1 dst 192.0.2.99 self permanent", map[string]int{"fdb": 1}},
 		{"bridge fdb add 0e:00:00:00:00:07 dev tweed.1 dst 192.0.2.7 self permanent", map[string]int{"fdb": 1}},
