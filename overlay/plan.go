@@ -44,6 +44,7 @@ type Planner struct {
 
 	last    inputs  // of the last plan; kept in force where the next cannot be had
 	desired desired // what follows from last
+	renewed bool    // no plan has compared the kernel with desired yet
 	netConf netConf
 	grown   subnet.Network // as Plan.Grown, until a plan tells of it
 }
@@ -59,6 +60,13 @@ type Plan struct {
 	Blocked bool
 	// Peers, Wanted and Found count leases of other nodes and objects in the kernel.
 	Peers, Wanted, Found int
+	// Again is set where the kernel should hold what it should have held by the plan before. Then Ops repair drift, but for
+	// those that were planned before and have not been done since.
+	Again bool
+	// Nodes counts the nodes of Peers, and Refused the other leases of other nodes.
+	Nodes, Refused int
+	// Barred names those of Nodes that a stranger keeps from being reached.
+	Barred []string
 	// Unpublished is set where the list of leases does not hold Self as it is.
 	Unpublished bool
 	// Stale says what is not known of this node any more, so that what was in force stays, and nothing is published; nil
@@ -85,6 +93,8 @@ type desired struct {
 	filter   masq.Ruleset
 	self     []subnet.Lease
 	peers    int
+	nodes    []string // of peers
+	refused  int
 	info     podnet.NodeInfo
 	problems []subnet.Problem
 	unsaid   bool // self is not what the list holds for this node
@@ -122,11 +132,14 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		return Plan{}, err
 	}
 	if !reflect.DeepEqual(in, p.last) {
+		before := p.desired
 		p.desired, p.last = p.desire(in, list), in
+		p.renewed = p.renewed || !p.desired.sameKernel(before)
 	}
 	want := p.desired
 	plan := Plan{
 		Self: want.self, Uplink: in.uplink, Info: want.info, Peers: want.peers, Unpublished: want.unsaid, Stale: stale,
+		Nodes: len(want.nodes), Refused: want.refused,
 	}
 	plan.Problems = append(plan.Problems, list.Problems...)
 	plan.Problems = append(plan.Problems, want.problems...)
@@ -158,6 +171,8 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		}
 		plan.Problems = append(plan.Problems, pr)
 	}
+	plan.Barred = want.barred(problems, have.Strangers)
+	plan.Again, p.renewed = !p.renewed, false
 	plan.Grown, p.grown = p.grown, nil
 	plan.Wanted = want.state.Len() + want.filter.Len()
 	plan.Found = have.Len() + rules.Len()
@@ -279,7 +294,11 @@ func (d *desired) settle(self string, rules subnet.Rules, listed []subnet.Lease)
 		}
 	}
 	peers, problems := subnet.Settle(self, rules, leases)
-	d.peers, d.problems = len(peers), problems
+	d.peers, d.problems, d.refused = len(peers), problems, len(leases)-len(d.self)-len(peers)
+	for _, l := range peers {
+		d.nodes = append(d.nodes, l.Node)
+	}
+	d.nodes = slices.Compact(d.nodes) // peers are sorted by node
 	return peers
 }
 

@@ -137,6 +137,7 @@ func newNode(t testing.TB) *node {
 func (n *node) step(t testing.TB) Report {
 	t.Helper()
 	rep := n.pass(t.Context())
+	n.meter.note(rep)
 	n.report.Store(&rep)
 	select {
 	case leases := <-n.publish:

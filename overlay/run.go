@@ -36,6 +36,9 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	}
 	g.Go(func() error { return r.Sweep(ctx) })
 	g.Go(func() error { return r.Serve(ctx) })
+	if r.MetricsAddress != "" {
+		g.Go(func() error { return r.ServeMetrics(ctx) })
+	}
 	return g.Wait()
 }
 

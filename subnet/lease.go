@@ -64,6 +64,13 @@ const (
 	KindConfig     = "config"     // this node's configuration has changed, and cannot come into force
 )
 
+// Kinds lists the kinds of Problem.
+func Kinds() []string {
+	return []string{
+		KindAnnotation, KindLease, KindConflict, KindStranger, KindKernel, KindPublish, KindPods, KindConfig,
+	}
+}
+
 func (p Problem) String() string { return p.Node + ": " + p.Text }
 
 // A List is what a cluster's nodes have published, complete as of one moment.

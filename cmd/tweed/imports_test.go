@@ -47,6 +47,8 @@ var homes = []struct {
 		"below the commands there are arguments, not flags"},
 	{"github.com/fsnotify/fsnotify", []string{"subnet/local"},
 		"leases in files are watched, nothing else is"},
+	{"github.com/prometheus/", []string{"overlay"},
+		"what is counted is in Reports; how it is told is the daemon's business alone"},
 	{"github.com/containernetworking/cni", []string{"overlay/podnet", "overlay/lab", "cmd/tweed-cni"},
 		"the daemon speaks to pods' runtimes by files alone"},
 }
