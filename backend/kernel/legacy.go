@@ -34,7 +34,7 @@ func legacyDrops(family masq.Family) bool {
 	if family == masq.IPv6 {
 		domain, level, offset = unix.AF_INET6, unix.SOL_IPV6, targetOffsetV6
 	}
-	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return false
 	}
