@@ -199,6 +199,8 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"EventsRing", askEvents},
 		{"InterfacesAreListed", askInterfaces},
 		{"RouteIsLookedUp", askRouteTo},
+		{"SegmentFollowsRoutes", askSegment},
+		{"PlainRouteTakesTheTunnelsPlace", askPlainRoute},
 		{"FilterIsKept", askFilter},
 	} {
 		t.Run(question.name, func(t *testing.T) { question.ask(t, newHost(t)) })
