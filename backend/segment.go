@@ -82,6 +82,11 @@ func (s Segment) Dev(a netip.Addr) string {
 	return ""
 }
 
+// Has reports whether anything of the family of a is on the segment.
+func (s Segment) Has(a netip.Addr) bool {
+	return slices.ContainsFunc(s.parts, func(p part) bool { return p.dev != "" && p.prefix.Addr().Is4() == a.Is4() })
+}
+
 // Route leads to l through its node itself, if that is on the segment with its address of the family of l's subnet.
 func (s Segment) Route(l subnet.Lease) (Route, bool) {
 	via := l.NodeAddr()

@@ -28,7 +28,9 @@ func (c Config) way(node string, up backend.Uplink) way {
 	if b.Type == hostgw.Name {
 		return way{
 			backend: hostgw.Name, data: hostgw.Data(), judge: hostgw.Judge, mtu: up.MTUWithin(b.MTU),
-			desired: func(_, peers []subnet.Lease) (backend.State, []subnet.Problem) { return hostgw.Desired(peers, up) },
+			desired: func(_, peers []subnet.Lease) (backend.State, []subnet.Problem) {
+				return hostgw.Desired(node, peers, up)
+			},
 		}
 	}
 	vx := vxlan.Config{

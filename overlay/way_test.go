@@ -176,6 +176,20 @@ func TestHostGatewayLeavesSomethingOfATunnel(t *testing.T) {
 	}
 }
 
+// What an administrator is shown is judged as the nodes judge it.
+func TestAdministratorIsToldOtherwiseThanNodesJudge(t *testing.T) {
+	for _, c := range []struct{ ours, theirs string }{
+		{"vxlan", "vxlan"}, {"vxlan", "host-gw"}, {"host-gw", "vxlan"}, {"host-gw", "host-gw"},
+	} {
+		ours, theirs := dual(t, BackendConfig{Type: c.ours}), dual(t, BackendConfig{Type: c.theirs})
+		for _, l := range theirs.at("n2", "2", "192.0.2.12", "2001:db8::12") {
+			if _, err := ours.planner.Config.Judge(4)(l); (err == nil) != (c.ours == c.theirs) {
+				t.Errorf("%s judges a lease of %s: %v", c.ours, c.theirs, err)
+			}
+		}
+	}
+}
+
 func TestPeerHasAnotherBackend(t *testing.T) {
 	for _, c := range []struct{ ours, theirs string }{{"vxlan", "host-gw"}, {"host-gw", "vxlan"}} {
 		n := dual(t, BackendConfig{Type: c.ours})

@@ -6,6 +6,8 @@ package hostgw
 import (
 	"encoding/json"
 	"fmt"
+	"net/netip"
+	"strings"
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/subnet"
@@ -24,27 +26,46 @@ func Judge(l subnet.Lease) (identity string, err error) {
 	}
 	if !l.NodeAddr().IsValid() {
 		return "", fmt.Errorf("no address of %s is published that %s could be routed to: give its uplink one of that "+
-			`family, or set Backend.Type to "vxlan" on all nodes`, l.Node, l.Subnet)
+			"family, or "+useTunnel, l.Node, l.Subnet)
 	}
 	return "", nil
 }
 
-// Desired is what this node's kernel must hold to reach peers, whose leases have passed Judge. One that is not on up's
-// Segment is a Problem: a router between the nodes would not know where its pods are.
+// Desired is what the kernel of node must hold to reach peers, whose leases have passed Judge. One that is not on up's
+// Segment is a Problem: a router between the nodes would not know where its pods are. Where nothing of a family is on
+// it, the Problem is the node's own.
 //
 // That is not for Judge to say. Which nodes are near depends on where one asks, and which lease stands must not.
-func Desired(peers []subnet.Lease, up backend.Uplink) (s backend.State, problems []subnet.Problem) {
+func Desired(node string, peers []subnet.Lease, up backend.Uplink) (s backend.State, problems []subnet.Problem) {
 	s.Routes = make(map[backend.RouteKey]backend.Route, len(peers))
+	alone := map[string]bool{} // by the family
 	for _, l := range peers {
 		r, near := up.Segment.Route(l)
-		if near {
+		switch {
+		case near:
 			s.Routes[r.RouteKey] = r
-			continue
+		case up.Segment.Has(r.Via):
+			problems = append(problems, subnet.Problem{Node: l.Node, Kind: subnet.KindLease, Text: fmt.Sprintf(
+				"subnet %s: %s is not on a segment of this node (%s), and a router in between does not know the pods' "+
+					"addresses; pods on %s cannot be reached: %s, if need be with DirectRouting",
+				l.Subnet, r.Via, up.Segment, l.Node, useTunnel)})
+		case !alone[family(r.Via)]:
+			alone[family(r.Via)] = true
+			problems = append(problems, subnet.Problem{Node: node, Kind: subnet.KindLease, Text: fmt.Sprintf(
+				"by its routes, no node is near to this one with its %s address: see that %s is up, and that this node's "+
+					"published address is its own and has a network (`ip route show` has it); else %s",
+				family(r.Via), strings.Join(up.Devs, " or "), useTunnel)})
 		}
-		problems = append(problems, subnet.Problem{Node: l.Node, Kind: subnet.KindLease, Text: fmt.Sprintf(
-			"subnet %s: %s is not on a segment of this node (%s), and a router in between does not know the pods' "+
-				`addresses; pods on %s cannot be reached: set Backend.Type to "vxlan" on all nodes, if need be with `+
-				"DirectRouting", l.Subnet, r.Via, up.Segment, l.Node)})
 	}
 	return s, problems
+}
+
+// useTunnel is what works for nodes that are not near.
+const useTunnel = `set Backend.Type to "vxlan" on all nodes`
+
+func family(a netip.Addr) string {
+	if a.Is4() {
+		return "IPv4"
+	}
+	return "IPv6"
 }

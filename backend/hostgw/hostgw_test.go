@@ -35,7 +35,7 @@ func uplink() backend.Uplink {
 }
 
 func TestPeerBehindARouterHoldsUpTheOthers(t *testing.T) {
-	s, problems := hostgw.Desired([]subnet.Lease{
+	s, problems := hostgw.Desired("n1", []subnet.Lease{
 		lease("n2", "10.244.2.0/24", "192.0.2.12", "2001:db8::12"),
 		lease("n2", "fd00:10:244:2::/64", "192.0.2.12", "2001:db8::12"),
 		lease("n3", "10.244.3.0/24", "198.51.100.13", "2001:db8::13"),
@@ -57,6 +57,24 @@ lease, n3: subnet 10.244.3.0/24: 198.51.100.13 is not on a segment of this node 
 		`reached: set Backend.Type to "vxlan" on all nodes, if need be with DirectRouting`
 	if got := strings.Join(lines, "\n"); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+// A node whose cable is out is not to name each of thousands of others.
+func TestUplinkIsDown(t *testing.T) {
+	up := uplink()
+	up.Segment = backend.Segment{}
+	var peers []subnet.Lease
+	for i := range 9 {
+		peers = append(peers, lease("n2", fmt.Sprintf("10.244.%d.0/24", i), "192.0.2.12"))
+	}
+	peers = append(peers, lease("n2", "fd00:10:244:2::/64", "2001:db8::12"))
+	s, problems := hostgw.Desired("n1", peers, up)
+	const want = "n1: by its routes, no node is near to this one with its IPv4 address: see that eth0 is up, and that this " +
+		"node's published address is its own and has a network (`ip route show` has it); else set Backend.Type to " +
+		`"vxlan" on all nodes`
+	if len(s.Routes) > 0 || len(problems) != 2 || problems[0].String() != want || problems[1].String() == want {
+		t.Errorf("%v, %v", s.Routes, problems)
 	}
 }
 
@@ -90,7 +108,7 @@ func BenchmarkDesired5000(b *testing.B) {
 			lease(fmt.Sprint("n", i), fmt.Sprintf("fd00:10:244:%x::/64", i), "192.0.2.12", "2001:db8::12"))
 	}
 	for b.Loop() {
-		if s, _ := hostgw.Desired(peers, uplink()); len(s.Routes) != 10000 {
+		if s, _ := hostgw.Desired("n1", peers, uplink()); len(s.Routes) != 10000 {
 			b.Fatal(len(s.Routes))
 		}
 	}
