@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 
+	"tweed.dev/tweed/backend/hostgw"
 	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/subnet"
@@ -52,7 +53,7 @@ func (d *draft) backendKeys() map[string]setter {
 		"VNI":             whole(1, 1<<24-1, &b.VNI),
 		"Port":            whole(1, math.MaxUint16, &b.Port),
 		"MTU":             whole(1, math.MaxUint16, &b.MTU),
-		"DirectRouting":   notYet(&b.DirectRouting),
+		"DirectRouting":   boolean(&b.DirectRouting),
 		"ChecksumOffload": oneOf([]string{"auto", "off"}, &b.ChecksumOffload),
 	}
 }
@@ -98,7 +99,6 @@ func flannelBackendKeys() map[string]string {
 // flannelBackends returns the backends that flannel has and we do not.
 func flannelBackends() map[string]string {
 	return map[string]string{
-		"host-gw":     `not served yet; "vxlan" is`,
 		"udp":         `use "vxlan"`,
 		"ipip":        `use "vxlan"`,
 		"wireguard":   `nothing is encrypted here; use "vxlan", over an encrypted underlay`,
@@ -241,19 +241,6 @@ func boolean(to *bool) setter {
 	}
 }
 
-// notYet reads a switch that must be off as long as nothing serves it.
-func notYet(to *bool) setter {
-	return func(v json.RawMessage) error {
-		if err := boolean(to)(v); err != nil {
-			return err
-		}
-		if *to {
-			return errors.New("not served yet; set false, or remove the key")
-		}
-		return nil
-	}
-}
-
 func whole[N ~int | ~uint16 | ~uint32](low, high int, to *N) setter {
 	return func(v json.RawMessage) error {
 		n, err := strconv.Atoi(string(v))
@@ -312,7 +299,7 @@ func backendType(to *string) setter {
 		if what, ok := flannelBackends()[text(v)]; ok {
 			return fmt.Errorf("a backend of flannel that is not here: %s", what)
 		}
-		return oneOf([]string{vxlan.Name}, to)(v)
+		return oneOf([]string{vxlan.Name, hostgw.Name}, to)(v)
 	}
 }
 

@@ -2,7 +2,6 @@ package overlay
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -13,7 +12,6 @@ import (
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/bridge"
 	"tweed.dev/tweed/backend/masq"
-	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
@@ -238,34 +236,36 @@ func (p *Planner) place(ctx context.Context, ifaces []backend.Interface) (subnet
 	if err := p.Config.CheckAddrs(slices.Concat(held, up.Addrs)); err != nil {
 		return node, up, &Waiting{For: err.Error(), Reason: reasonOverlap}
 	}
+	if p.Config.Backend.direct() {
+		up.Segment = backend.NewSegment(ifaces, up)
+	}
 	return node, up, nil
 }
 
 // desire says what the kernel should hold. It is a function of its arguments and the configuration.
 func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
-	vx := vxlan.Config{
-		Node: in.node.Name, VNI: p.Config.Backend.VNI, Port: p.Config.Backend.Port, MTU: p.Config.Backend.MTU,
-		NoTxChecksum: p.Config.Backend.ChecksumOffload == "off", Underlay: family(in.uplink.Local),
-	}
-	d.self = own(in, vx.Data())
-	rules := subnet.Rules{Network: p.Config.Network, ExactLength: in.node.Leased, Judge: vx.Judge}
+	w := p.Config.way(in.node.Name, in.uplink)
+	d.self = own(in, w)
+	rules := subnet.Rules{Network: p.Config.Network, ExactLength: in.node.Leased, Judge: w.judge}
 	peers := d.settle(in.node.Name, rules, list.Leases)
 
 	d.info = podnet.NodeInfo{
 		Node: in.node.Name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
-		Bridge: BridgeName, Device: vxlan.DeviceName(vx.VNI), MTU: vx.DeviceMTU(in.uplink),
+		Bridge: BridgeName, Device: w.device, MTU: w.mtu,
 	}
 	for _, s := range in.node.Subnets {
 		d.info.Gateways = append(d.info.Gateways, bridge.Gateway(s))
 	}
 	served := slices.Concat(in.node.Subnets, in.former)
+	reach, far := w.desired(d.self, peers)
+	d.problems = append(d.problems, far...)
 	d.state = backend.Merge(
 		bridge.Config{Name: BridgeName, Node: in.node.Name, MTU: d.info.MTU}.Desired(served),
 		acceptAdvertised(in.advertised),
-		vx.Desired(d.self, peers, in.uplink),
+		reach,
 	)
 	d.filter = masq.Config{
-		Form: p.Config.PacketFilter, Network: p.Config.Network, Subnets: served, Port: vx.Port,
+		Form: p.Config.PacketFilter, Network: p.Config.Network, Subnets: served, Port: w.port,
 		NonMasquerade: p.Config.NonMasquerade,
 	}.Desired()
 	d.warn(in)
@@ -273,11 +273,11 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 }
 
 // own makes the leases that this node publishes.
-func own(in inputs, data json.RawMessage) (own []subnet.Lease) {
+func own(in inputs, w way) (own []subnet.Lease) {
 	for _, s := range in.node.Subnets {
 		own = append(own, subnet.Lease{
 			Node: in.node.Name, Subnet: s, Host: in.uplink.Addrs[0], NodeAddrs: in.uplink.Addrs,
-			Accepts: in.network.Prefixes(), Backend: vxlan.Name, Data: data, Since: in.node.Since,
+			Accepts: in.network.Prefixes(), Backend: w.backend, Data: w.data, Since: in.node.Since,
 		})
 	}
 	return own

@@ -200,6 +200,8 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"EventsRing", askEvents},
 		{"InterfacesAreListed", askInterfaces},
 		{"RouteIsLookedUp", askRouteTo},
+		{"SegmentFollowsRoutes", askSegment},
+		{"PlainRouteTakesTheTunnelsPlace", askPlainRoute},
 		{"FilterIsKept", askFilter},
 		{"FilterChangesItsForm", askForms},
 	} {

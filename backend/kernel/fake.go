@@ -147,13 +147,15 @@ func (f *Fake) Interfaces(ctx context.Context) ([]backend.Interface, error) {
 	var all []backend.Interface
 	for _, name := range slices.Sorted(maps.Keys(f.uplinks)) {
 		i := f.uplinks[name]
-		i.Addrs = slices.Clone(i.Addrs)
+		i.Addrs, i.Ways = slices.Clone(i.Addrs), f.ways(i)
 		all = append(all, i)
 	}
 	for _, links := range []map[string]backend.Link{f.own.Links, f.others.Links} {
 		for _, name := range slices.Sorted(maps.Keys(links)) {
 			_, ours := f.own.Links[name]
-			all = append(all, backend.Interface{Name: name, MTU: links[name].MTU, Up: links[name].Up, Ours: ours})
+			i := backend.Interface{Name: name, MTU: links[name].MTU, Up: links[name].Up, Ours: ours}
+			i.Ways = f.ways(i)
+			all = append(all, i)
 		}
 	}
 	return all, ctx.Err()

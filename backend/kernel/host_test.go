@@ -111,7 +111,11 @@ func (h *realHost) addStranger(o backend.Object) {
 		}
 		h.ns.Run(h.t, fmt.Sprintf("ip link add %s %s", o.Name, how))
 	case backend.Route:
-		h.ns.Run(h.t, fmt.Sprintf("ip route add %s dev %s", o.Dst, o.Dev))
+		via := ""
+		if o.Via.IsValid() {
+			via = "via " + o.Via.String()
+		}
+		h.ns.Run(h.t, fmt.Sprintf("ip route add %s %s dev %s", o.Dst, via, o.Dev))
 	case backend.Rule:
 		h.ns.Run(h.t, fmt.Sprintf("ip rule add pref %d from %s lookup %d", o.Priority, o.From, o.Table))
 	}

@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -168,6 +169,22 @@ func routeType(typ uint8) string {
 // isDefault reports whether r sends what no other route of the main table does.
 func (r route) isDefault() bool {
 	return r.typ == unix.RTN_UNICAST && r.key.Table == unix.RT_TABLE_MAIN && r.key.Dst.Bits() == 0
+}
+
+// isWay reports whether r is a backend.Way, where near says whether a destination is in the network of an address of this
+// host: of the routes past a router others, which may be very many, say nothing about a link.
+func (r route) isWay(near func(netip.Prefix) bool) bool {
+	return r.typ == unix.RTN_UNICAST && r.key.Table == unix.RT_TABLE_MAIN && r.key.Dst.Bits() != 0 && r.tos == 0 &&
+		r.flags&(unix.RTNH_F_DEAD|unix.RTM_F_CLONED) == 0 && !r.key.Dst.Addr().IsLinkLocalUnicast() &&
+		len(r.devs()) > 0 && (!r.routed() || near(r.key.Dst))
+}
+
+// routed reports whether r leads past a router. What has several nexthops counts as if it did.
+func (r route) routed() bool { return r.via.IsValid() || r.hops != nil }
+
+// isNear reports whether dst is in the network of an address. That of a single address holds no other.
+func isNear(addr, dst netip.Prefix) bool {
+	return !addr.IsSingleIP() && addr.Bits() <= dst.Bits() && addr.Contains(dst.Addr())
 }
 
 // devs returns the indexes of the devices that r leaves by.

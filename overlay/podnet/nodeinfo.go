@@ -40,7 +40,7 @@ type NodeInfo struct {
 	Subnets  []netip.Prefix `json:"subnets"`
 	// Gateways are the bridge's addresses, one for each of Subnets.
 	Gateways []netip.Addr `json:"gateways"`
-	// Bridge is the link that pods are ports of, Device the one that reaches other nodes.
+	// Bridge is the link that pods are ports of, Device the one of ours that reaches other nodes; "" where none is needed.
 	Bridge string `json:"bridge"`
 	Device string `json:"device"`
 	// MTU is that of the pods' interfaces, in bytes.
