@@ -291,7 +291,8 @@ func (s *nftReading) translate(want masq.Ruleset, have *masq.Ruleset) {
 	}
 }
 
-// known returns the rules of a chain of ours, as those of want that they are, or else as unknown ones, and their handles.
+// known returns the rules of a chain of ours, as those of want that they are or else as unknown ones, and their
+// handles.
 func (c nftChain) known(family masq.Family, want []masq.Rule) (rules []masq.Rule, handles []uint64) {
 	byText := map[string]masq.Rule{}
 	for _, r := range want {
@@ -301,7 +302,7 @@ func (c nftChain) known(family masq.Family, want []masq.Rule) (rules []masq.Rule
 	for _, r := range c.rules {
 		text := textOf(r.exprs)
 		rule, known := byText[text]
-		if !known || !r.ours {
+		if !known {
 			rule = masq.Rule{Unknown: text}
 		}
 		rules, handles = append(rules, rule), append(handles, r.handle)
