@@ -87,6 +87,13 @@ func TestCommandsOfNFTDoWhatTheySay(t *testing.T) {
 	}
 }
 
+func TestNodeWithoutIptables(t *testing.T) {
+	h := newRealHost(t)
+	t.Setenv("PATH", t.TempDir())
+	filterPass(t, h, nftFilter(t))
+	filterPass(t, h, masq.Ruleset{})
+}
+
 // A program that lists rules that it cannot express breaks, and with it whoever reads it: kube-proxy does.
 func TestGuestsDoNotBreakIptables(t *testing.T) {
 	h := newRealHost(t)
