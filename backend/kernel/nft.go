@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
@@ -29,10 +30,11 @@ type nftables struct {
 	conn   *conn
 	noConn error
 
-	mu     sync.Mutex
-	seen   *nftReading // nil before the first
-	looked time.Time   // when strangers' chains were last looked at
-	drops  []nftChain  // those that drop what nothing else takes
+	mu       sync.Mutex
+	seen     *nftReading // nil before the first
+	looked   time.Time   // when strangers' chains were last looked at
+	lookedAt uint32      // of which generation they were then, or an earlier one
+	drops    []nftChain  // those that drop what nothing else takes
 }
 
 // An nftReading is what the kernel said, all of one generation.
@@ -64,7 +66,11 @@ func (n *nftables) observe(_ context.Context, want masq.Ruleset, have *masq.Rule
 		var now *nftReading
 		if now, err = n.read(); err == nil {
 			n.seen = now
-			err = n.look()
+		}
+	}
+	if err == nil && want.Has(masq.NFTables) && n.lookedAt != generation && time.Since(n.looked) >= trust {
+		if err = n.look(); errors.Is(err, nl.ErrDumpInterrupted) {
+			err = nil // others write much just now; there will be another pass
 		}
 	}
 	if err != nil {
@@ -202,9 +208,6 @@ func ruleMessage(c masq.Chain) message {
 // look finds strangers' chains that drop what nothing else takes. There can be many chains, kube-proxy's by the
 // thousands, so it is done no more often than a person needs.
 func (n *nftables) look() error {
-	if time.Since(n.looked) < trust {
-		return nil
-	}
 	var drops []nftChain
 	m := nfMessage(unix.AF_UNSPEC)
 	err := n.conn.dump(nftType(unix.NFT_MSG_GETCHAIN), m, func() { drops = nil }, func(b []byte) {
@@ -224,7 +227,7 @@ func (n *nftables) look() error {
 			return err
 		}
 	}
-	n.looked, n.drops = time.Now(), drops
+	n.looked, n.lookedAt, n.drops = time.Now(), n.seen.generation, drops
 	return nil
 }
 
