@@ -127,6 +127,8 @@ func TestBadValueIsTaken(t *testing.T) {
 		"netConf: {Reserved: 10.244.0.0/24}":                 "/netConf/Reserved",
 		"netConf: {Underlay: both}":                          "/netConf/Underlay",
 		"netConf: {SubnetSource: spec}":                      "/netConf/SubnetSource",
+		"netConf: {PacketFilter: nft}":                       "/netConf/PacketFilter",
+		"netConf: {NonMasqueradeCIDRs: [10.0.0.1]}":          "/netConf/NonMasqueradeCIDRs/0",
 		"netConf: {Backend: {Type: udp}}":                    "/netConf/Backend/Type",
 		"netConf: {Backend: {VNI: 0}}":                       "/netConf/Backend/VNI",
 		"netConf: {Backend: {Port: 70000}}":                  "/netConf/Backend/Port",
@@ -159,6 +161,7 @@ func TestGoodValueIsRefused(t *testing.T) {
 		"netConf: {Reserved: [10.244.0.0/22, \"fd00::/64\"], Backend: {Type: vxlan, VNI: 1, Port: 8472}}",
 		"netConf: {Backend: {DirectRouting: true, ChecksumOffload: \"off\"}}",
 		"netConf: {Backend: {Type: host-gw, MTU: 600}}",
+		"netConf: {PacketFilter: nftables, NonMasqueradeCIDRs: [10.0.0.0/8, \"fd00::/8\"]}",
 		"global: {registry: example.org}",
 		"image: example.org:5000/tweed:v0.1.0",
 	} {

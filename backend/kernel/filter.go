@@ -237,6 +237,9 @@ func (f *filter) readFamily(ctx context.Context, family masq.Family, into *readi
 			if err := ctx.Err(); err != nil {
 				return err
 			}
+			if _, read := into.chains[c]; read {
+				continue // several ways lead to it
+			}
 			lines, err := ipt.List(c.Table, c.Name)
 			if (c == way.Chain || c.Name == masq.DockerUser) && isAbsent(err) {
 				continue
@@ -354,8 +357,8 @@ func (f *filter) isThere(e masq.Entry) (bool, error) {
 // unquoted drops the quotes that some versions of iptables put around every comment.
 func unquoted(rule string) string { return strings.ReplaceAll(rule, `"`, "") }
 
-// takesAll reports whether no packet gets past a rule, and whether it harms those that are stopped there: it drops them,
-// or translates them.
+// takesAll reports whether no packet gets past a rule, and whether it harms those that are stopped there: it drops or
+// translates them.
 func takesAll(rule string) (ends, harms bool) {
 	if strings.HasPrefix(rule, "-m comment --comment ") { // which matches everything
 		if _, after, ok := strings.Cut(rule, " -j "); ok {

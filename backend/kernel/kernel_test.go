@@ -349,6 +349,8 @@ func FuzzParsers(f *testing.F) {
 	f.Add(append(make([]byte, 16), 8, 0, 3, 0, 'x', 0, 0, 0))
 	f.Add(append(make([]byte, 12), 5, 0, 1, 0, 10))
 	f.Add(append([]byte{unix.AF_INET, 24, 0, 0, 254}, 0, 0, 0, 0, 0, 0, 0, 12, 0, 9, 0, 255, 0, 0, 0, 1, 0, 0, 0))
+	jump := newRule(masq.Chain{Family: masq.IPv4}, []nftExpr{verdict(unix.NFT_JUMP, "translate")}, 0, 0)
+	f.Add([]byte(jump.body))
 	f.Fuzz(func(_ *testing.T, b []byte) {
 		parseLink(b)
 		parseAddr(b)
@@ -356,6 +358,12 @@ func FuzzParsers(f *testing.F) {
 		parseRoute(b)
 		parseRule(b)
 		parseHops(b)
+		commentOf(b)
+		r := parseNFTRule(b)
+		r.end()
+		r.jumps()
+		textOf(r.exprs)
+		parseNFTChain(b)
 		for typ := range uint16(200) {
 			(&watcher{uplink: func(string) bool { return true }, links: map[int]link{}, addrs: map[addrAt]uint32{},
 				forwarding: map[[2]int]uint32{}}).heard(syscall.NetlinkMessage{

@@ -10,22 +10,21 @@ import (
 
 // Of linux/netfilter_ipv4/ip_tables.h and linux/netfilter_ipv6/ip6_tables.h.
 const (
-	iptGetInfo      = 64 // IPT_SO_GET_INFO, IP6T_SO_GET_INFO
-	iptGetEntries   = 65 // IPT_SO_GET_ENTRIES, IP6T_SO_GET_ENTRIES
-	iptName         = 32 // XT_TABLE_MAXNAMELEN
-	sizeofIptInfo   = 84 // struct ipt_getinfo
-	iptUnderflows   = 56 // offset in it of where each hook's policy is
-	iptSize         = 80 // offset in it of the size of all entries
-	iptEntries      = 40 // offset of the entries in struct ipt_get_entries
-	sizeofXtTarget  = 32 // struct xt_entry_target
-	iptVerdictDrop  = -nfDrop - 1
-	targetOffsetV4  = 88  // offset of target_offset in struct ipt_entry
-	targetOffsetV6  = 140 // and in struct ip6t_entry
-	iptTableForward = unix.NF_INET_FORWARD
+	iptGetInfo     = 64 // IPT_SO_GET_INFO, IP6T_SO_GET_INFO
+	iptGetEntries  = 65 // IPT_SO_GET_ENTRIES, IP6T_SO_GET_ENTRIES
+	iptName        = 32 // XT_TABLE_MAXNAMELEN
+	sizeofIptInfo  = 84 // struct ipt_getinfo
+	iptUnderflows  = 56 // offset in it of where each hook's policy is
+	iptSize        = 80 // offset in it of the size of all entries
+	iptEntries     = 40 // offset of the entries in struct ipt_get_entries
+	sizeofXtTarget = 32 // struct xt_entry_target
+	iptVerdictDrop = -nfDrop - 1
+	targetOffsetV4 = 88  // offset of target_offset in struct ipt_entry
+	targetOffsetV6 = 140 // and in struct ip6t_entry
 )
 
-// legacyDrops reports whether the policy of FORWARD in the older form of iptables is to drop. It asks nothing where there
-// is no such table: to ask would make it.
+// legacyDrops reports whether the policy of FORWARD in the older form of iptables is to drop. It asks nothing where
+// there is no such table: to ask would make it.
 func legacyDrops(family masq.Family) bool {
 	if !hasLegacy(family, masq.FilterTable) {
 		return false
@@ -51,7 +50,7 @@ func legacyDrops(family masq.Family) bool {
 	if !getsockopt(fd, level, iptGetEntries, table) {
 		return false
 	}
-	at := iptEntries + int(binary.NativeEndian.Uint32(info[iptUnderflows+4*iptTableForward:]))
+	at := iptEntries + int(binary.NativeEndian.Uint32(info[iptUnderflows+4*unix.NF_INET_FORWARD:]))
 	if at+offset+2 > len(table) {
 		return false
 	}

@@ -14,6 +14,7 @@ import (
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/kernel/netnstest"
 	"tweed.dev/tweed/backend/masq"
+	"tweed.dev/tweed/subnet"
 )
 
 // sortedLines is text without the order of its lines: tables come in the order in which they were made.
@@ -68,6 +69,15 @@ func TestCommandsOfNFTDoWhatTheySay(t *testing.T) {
 	c.Port = 60000
 	c.NonMasquerade = nil
 	typed(c.Desired())
+	grown, err := subnet.NewNetwork(subnet.Range{Prefix: netip.MustParsePrefix("10.0.0.0/9")}, c.Network[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Network = grown
+	typed(c.Desired())
+	if rules := h.ns.Run(t, "nft list ruleset"); strings.Contains(rules, "10.244.0.0/16") {
+		t.Errorf("the smaller network is still in\n%s", rules)
+	}
 	if rules := h.ns.Run(t, "iptables -S FORWARD"); !strings.HasSuffix(rules, "-A FORWARD -j DROP\n") {
 		t.Errorf("not in front of the drop:\n%s", rules)
 	}
@@ -75,6 +85,13 @@ func TestCommandsOfNFTDoWhatTheySay(t *testing.T) {
 	if left := h.ns.Run(t, "nft list ruleset"); strings.Contains(left, "tweed") {
 		t.Errorf("left:\n%s", left)
 	}
+}
+
+func TestNodeWithoutIptables(t *testing.T) {
+	h := newRealHost(t)
+	t.Setenv("PATH", t.TempDir())
+	filterPass(t, h, nftFilter(t))
+	filterPass(t, h, masq.Ruleset{})
 }
 
 // A program that lists rules that it cannot express breaks, and with it whoever reads it: kube-proxy does.
@@ -113,6 +130,7 @@ func TestTablesOfNFTChangedByHandAreRepaired(t *testing.T) {
 		"nft delete table ip6 tweed",
 		"nft insert rule ip tweed translate ip saddr 192.0.2.1 masquerade",
 		"nft insert rule ip tweed postrouting ip saddr 192.0.2.1 masquerade",
+		"nft add rule ip6 tweed postrouting ip6 saddr 2001:db8::1 masquerade",
 		"nft flush chain ip6 tweed postrouting",
 		"nft 'flush chain ip tweed postrouting; delete chain ip tweed postrouting; " +
 			"add chain ip tweed postrouting { type nat hook postrouting priority 99 ; }; " +
@@ -183,6 +201,7 @@ func TestDropThatCannotBeReachedIsNamed(t *testing.T) {
 			h := newRealHost(t)
 			filterPass(t, h, nftFilter(t))
 			shell(t, h.ns, c.drop)
+			filterPass(t, h, nftFilter(t)) // too early to look, but not forgotten
 			drops := seenDrops(t, h)
 			if len(drops) != 1 || !strings.HasPrefix(drops[0], c.says) {
 				t.Fatalf("said: %q", drops)
@@ -256,7 +275,9 @@ func startStream(t *testing.T, way hop, fresh bool) *stream {
 		port++
 	}
 	at := netip.AddrPortFrom(netip.MustParseAddr(way.addr), port)
-	s := &stream{hop: way, fresh: fresh, server: bound(t, way.to, at), quit: make(chan struct{}), done: make(chan struct{})}
+	s := &stream{
+		hop: way, fresh: fresh, server: bound(t, way.to, at), quit: make(chan struct{}), done: make(chan struct{}),
+	}
 	t.Cleanup(func() { s.server.Close() })
 	_ = s.server.SetReadBuffer(1 << 20)
 	go s.serve()
@@ -282,7 +303,6 @@ func (s *stream) serve() {
 			return
 		}
 		if s.fresh {
-			from = netip.AddrPortFrom(from.Addr(), from.Port())
 			s.sources.Store(netip.AddrPortFrom(from.Addr(), 0), true)
 		} else {
 			s.sources.Store(from, true)
@@ -331,7 +351,8 @@ func (s *stream) stop(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	if sent, back := s.sent.Load(), s.returned.Load(); sent < 100 || back != sent {
-		t.Errorf("%s, %s, each packet a new flow: %v: of %d packets %d came back", s.hop.what, s.hop.addr, s.fresh, sent, back)
+		t.Errorf("%s, %s, each packet a new flow: %v: of %d packets %d came back",
+			s.hop.what, s.hop.addr, s.fresh, sent, back)
 	}
 	var seen []string
 	s.sources.Range(func(from, _ any) bool { seen = append(seen, from.(netip.AddrPort).Addr().String()); return true })

@@ -350,8 +350,8 @@ func (r nftRule) jumps() bool {
 	})
 }
 
-// end reports whether no packet gets past r, and whether it harms those that are stopped there: it drops them, or
-// translates them.
+// end reports whether no packet gets past r, and whether it harms those that are stopped there: it drops or translates
+// them.
 func (r nftRule) end() (ends, harms bool) {
 	for _, e := range r.exprs {
 		stops, bad, passes := e.effect()

@@ -97,8 +97,8 @@ func (c Config) addIPTables(r *Ruleset, network netip.Prefix) {
 	r.Jumps[Jump{Chain: nat, From: BasePostrouting}] = true
 }
 
-// addNFTables adds no chain for what is forwarded: nftables drops a packet that any one table drops, and to accept it in
-// a table of ours changes nothing. So the rules that accept are guests where others drop. In the like way guests in the
+// addNFTables adds no chain for what is forwarded: nftables drops a packet that any one table drops, and to accept it
+// in a table of ours changes nothing. So the rules that accept are guests where others drop. In the like way guests in the
 // nat chain of others keep what is ours to translate, or not to, from a rule there that translates everything.
 func (c Config) addNFTables(r *Ruleset, network netip.Prefix) {
 	family := FamilyOf(network.Addr())

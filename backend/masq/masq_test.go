@@ -87,7 +87,8 @@ nft add rule ip filter FORWARD ip daddr 10.244.0.0/16 accept #
 nft add rule ip filter FORWARD ip saddr 10.244.0.0/16 accept #
 `)
 	have := Ruleset{Hosts: map[Chain]Host{
-		{IPv4, FilterTable, BaseForward}: {}, {IPv4, FilterTable, DockerUser}: {End: 1}, {IPv4, NatTable, BasePostrouting}: {},
+		{IPv4, FilterTable, BaseForward}: {}, {IPv4, FilterTable, DockerUser}: {End: 1},
+		{IPv4, NatTable, BasePostrouting}: {},
 	}}
 	if got := commands(Diff(c.Desired(), have)); got != want {
 		t.Errorf("got:\n%s\nwant:\n%s", got, want)
@@ -234,7 +235,8 @@ func drawRuleset(t *rapid.T, label string) Ruleset {
 		r.Guests[Guest{Host: Chain{IPv6, FilterTable, BaseForward}, Rule: rapid.SampledFrom(some).Draw(t, label)}] = 0
 	}
 	for _, c := range []Chain{
-		{IPv4, FilterTable, Forward}, {IPv4, NatTable, Postrouting}, {IPv6, NatTable, Postrouting}, {IPv6, OwnTable, Translate},
+		{IPv4, FilterTable, Forward}, {IPv4, NatTable, Postrouting}, {IPv6, NatTable, Postrouting},
+		{IPv6, OwnTable, Translate},
 	} {
 		if !rapid.Bool().Draw(t, label+" has chain") {
 			continue

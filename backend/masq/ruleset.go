@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"tweed.dev/tweed/backend"
@@ -120,8 +121,8 @@ func (c Chain) Form() Form {
 
 func (c Chain) table() Table { return Table{c.Family, c.Table} }
 
-// A Jump leads from one of the kernel's own chains into a chain of ours, in the same table. In a table of ours the chain
-// that it leads from is part of it.
+// A Jump leads from one of the kernel's own chains into a chain of ours, in the same table. In a table of ours the
+// chain that it leads from is part of it.
 type Jump struct {
 	Chain Chain
 	From  string
@@ -320,7 +321,7 @@ func (e Entry) nft(do backend.Verb) string {
 	words := e.Rule.Words(e.Chain.Family)
 	switch {
 	case do == backend.Delete:
-		return e.Chain.nft("delete rule", e.Chain.Name, "handle", fmt.Sprint(e.Handle))
+		return e.Chain.nft("delete rule", e.Chain.Name, "handle", strconv.FormatUint(e.Handle, 10))
 	case e.At == 1:
 		return e.Chain.nft("insert rule", e.Chain.Name, words...)
 	}
@@ -333,7 +334,7 @@ func (g Guest) Command(do backend.Verb, _ backend.Object) string {
 	words := g.Rule.Words(g.Host.Family)
 	switch {
 	case do == backend.Delete:
-		return g.Host.nft("delete rule", g.Host.Name, "handle", fmt.Sprint(g.Handle))
+		return g.Host.nft("delete rule", g.Host.Name, "handle", strconv.FormatUint(g.Handle, 10))
 	case g.At == 0:
 		return g.Host.nft("add rule", g.Host.Name, words...)
 	}
