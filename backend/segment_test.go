@@ -24,7 +24,9 @@ func nic(name, addrs string, routes ...string) backend.Interface {
 		words := strings.Fields(r)
 		w := backend.Way{Dst: netip.MustParsePrefix(words[0]), Router: slices.Contains(words, "via")}
 		if n := slices.Index(words, "metric"); n > 0 {
-			fmt.Sscan(words[n+1], &w.Metric)
+			if _, err := fmt.Sscan(words[n+1], &w.Metric); err != nil {
+				panic(err)
+			}
 		}
 		i.Ways = append(i.Ways, w)
 	}

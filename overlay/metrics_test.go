@@ -35,10 +35,11 @@ func (n *node) scrape(t *testing.T) map[string]float64 {
 			continue
 		}
 		for _, m := range f.Metric {
-			key := name
+			words := []string{name}
 			for _, l := range m.Label {
-				key += " " + l.GetValue()
+				words = append(words, l.GetValue())
 			}
+			key := strings.Join(words, " ")
 			got[key] = m.GetGauge().GetValue() + m.GetCounter().GetValue() + float64(m.GetHistogram().GetSampleCount())
 		}
 	}
