@@ -47,8 +47,12 @@ func (k *Kernel) apply(op backend.Op) error {
 		return k.applyRule(op.Do, o)
 	case backend.Sysctl:
 		return k.applySysctl(op.Do, o)
-	case masq.Chain, masq.Jump, masq.Entry:
-		return k.filter.apply(op)
+	case masq.Chain:
+		return k.filterOf(o).apply(op)
+	case masq.Jump:
+		return k.filterOf(o.Chain).apply(op)
+	case masq.Entry:
+		return k.filterOf(o.Chain).apply(op)
 	}
 	return fmt.Errorf("the kernel has no %s", op.What.Kind())
 }

@@ -128,6 +128,18 @@ func (f *Fake) ObserveFilter(ctx context.Context, _ masq.Ruleset) (masq.Ruleset,
 	return have, ctx.Err()
 }
 
+// ObserveAll is as in Kernel. A Fake has no pods.
+func (f *Fake) ObserveAll(ctx context.Context) (backend.State, error) {
+	have, err := f.Observe(ctx, backend.State{})
+	have.Sysctls = nil
+	return have.State, err
+}
+
+// ObserveAllFilters is as in Kernel. A Fake has one packet filter.
+func (f *Fake) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
+	return f.ObserveFilter(ctx, masq.Ruleset{})
+}
+
 // Interfaces is as in Kernel.
 func (f *Fake) Interfaces(ctx context.Context) ([]backend.Interface, error) {
 	f.mu.Lock()

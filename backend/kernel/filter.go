@@ -32,6 +32,7 @@ const (
 // A filter is the packet filter, and what was last read of it. Reading starts a process for each chain, so at rest it
 // is not read.
 type filter struct {
+	form     string        // of iptables, where one is meant: see masq.Chain
 	changes  atomic.Uint64 // how often the packet filter changed, or may have
 	watchers atomic.Int32  // how many tell of changes
 
@@ -86,7 +87,10 @@ func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 	if family == masq.IPv6 {
 		proto = iptables.ProtocolIPv6
 	}
-	name := command(family)
+	name := masq.Chain{Family: family, Form: f.form}.Program()
+	if f.form == "" {
+		name = command(family)
+	}
 	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(lockWait), iptables.Path(name))
 	if errors.Is(err, exec.ErrNotFound) {
 		return nil, fmt.Errorf("the program %s is not here; install Debian's package iptables, or what holds it: %w",
@@ -126,20 +130,25 @@ func hinted(command string) bool {
 }
 
 // hasLegacyMangle reports whether this network namespace has a table mangle of the older form.
-func hasLegacyMangle(family masq.Family) bool {
+func hasLegacyMangle(family masq.Family) bool { return hasLegacyTable(family, "mangle") }
+
+// hasLegacyTable reports whether this network namespace has a table of the older form.
+func hasLegacyTable(family masq.Family, table string) bool {
 	name := "/proc/thread-self/net/ip_tables_names"
 	if family == masq.IPv6 {
 		name = "/proc/thread-self/net/ip6_tables_names"
 	}
 	tables, err := os.ReadFile(name)
-	return err == nil && slices.Contains(strings.Fields(string(tables)), "mangle")
+	return err == nil && slices.Contains(strings.Fields(string(tables)), table)
 }
 
 // ways lists our chains of one family with the kernel's chain that each is reached from.
-func ways(family masq.Family) []masq.Jump {
+func (f *filter) ways(family masq.Family) []masq.Jump {
+	forward := masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.Forward, Form: f.form}
+	postrouting := masq.Chain{Family: family, Table: masq.NatTable, Name: masq.Postrouting, Form: f.form}
 	return []masq.Jump{
-		{Chain: masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.Forward}, From: masq.BaseForward},
-		{Chain: masq.Chain{Family: family, Table: masq.NatTable, Name: masq.Postrouting}, From: masq.BasePostrouting},
+		{Chain: forward, From: masq.BaseForward},
+		{Chain: postrouting, From: masq.BasePostrouting},
 	}
 }
 
@@ -179,7 +188,10 @@ func (f *filter) readFamily(ctx context.Context, family masq.Family, into *readi
 	if err != nil {
 		return err
 	}
-	for _, way := range ways(family) {
+	for _, way := range f.ways(family) {
+		if f.form == legacy && !hasLegacyTable(family, way.Chain.Table) { // to look would make it
+			continue
+		}
 		for _, c := range []masq.Chain{way.Chain, way.Base()} {
 			if err := ctx.Err(); err != nil {
 				return err
@@ -228,7 +240,7 @@ func (f *filter) translate(want masq.Ruleset) (masq.Ruleset, error) {
 		Chains: map[masq.Chain][]masq.Rule{}, Jumps: map[masq.Jump]bool{}, Ends: map[masq.Chain]int{},
 	}
 	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
-		for _, way := range ways(family) {
+		for _, way := range f.ways(family) {
 			lines, there := f.seen.chains[way.Chain]
 			if there {
 				rules, err := f.translateRules(way.Chain, want.Chains[way.Chain], lines)
@@ -334,7 +346,7 @@ func (f *filter) applyChain(do backend.Verb, c masq.Chain) error {
 	if do != backend.Delete {
 		return explainFilter(ipt.NewChain(c.Table, c.Name))
 	}
-	for _, way := range ways(c.Family) {
+	for _, way := range f.ways(c.Family) {
 		if way.Chain == c { // a jump that packets do not get to is not ours to see, but holds the chain
 			if err := deleteJumps(ipt, way); err != nil {
 				return err

@@ -33,7 +33,8 @@ type Kernel struct {
 	filter *filter
 
 	mu    sync.Mutex
-	index map[string]int // of links, as last seen
+	index map[string]int     // of links, as last seen
+	forms map[string]*filter // those of a form of iptables that is meant by name
 }
 
 // errPermission is what every refusal for lack of rights ends in.

@@ -114,5 +114,6 @@ func sortedJumps(jumps map[Jump]bool) []Jump {
 }
 
 func compareChains(a, b Chain) int {
-	return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Table, b.Table), cmp.Compare(a.Name, b.Name))
+	return cmp.Or(cmp.Compare(a.Form, b.Form), cmp.Compare(a.Family, b.Family), cmp.Compare(a.Table, b.Table),
+		cmp.Compare(a.Name, b.Name))
 }

@@ -50,8 +50,8 @@ func (c Config) Desired() Ruleset {
 	r := Ruleset{Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}}
 	for _, network := range c.Network.Prefixes() {
 		family := FamilyOf(network.Addr())
-		fwd := Chain{family, FilterTable, Forward}
-		nat := Chain{family, NatTable, Postrouting}
+		fwd := Chain{Family: family, Table: FilterTable, Name: Forward}
+		nat := Chain{Family: family, Table: NatTable, Name: Postrouting}
 		r.Chains[fwd] = []Rule{{Src: network, Verdict: Accept}, {Dst: network, Verdict: Accept}}
 		r.Chains[nat] = c.nat(network)
 		r.Jumps[Jump{Chain: fwd, From: BaseForward}] = true

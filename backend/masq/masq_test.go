@@ -82,7 +82,7 @@ func TestFamilyThatTheNetworkLacksGetsNoRules(t *testing.T) {
 
 func TestRuleThatTakesEveryPacketIsOvertaken(t *testing.T) {
 	want := dualStack(t).Desired()
-	ops := commands(Diff(want, Ruleset{Ends: map[Chain]int{{IPv4, FilterTable, BaseForward}: 3}}))
+	ops := commands(Diff(want, Ruleset{Ends: map[Chain]int{{Family: IPv4, Table: FilterTable, Name: BaseForward}: 3}}))
 	for _, line := range []string{
 		"iptables -t filter -I FORWARD 3 -m comment --comment tweed -j TWEED-FWD\n",
 		"ip6tables -t filter -A FORWARD -m comment --comment tweed -j TWEED-FWD\n",
@@ -121,7 +121,10 @@ func TestTranslatedPacketsNeverLeaveFromTheTunnelsPort(t *testing.T) {
 func drawRuleset(t *rapid.T, label string) Ruleset {
 	some := dualStackRules()
 	r := Ruleset{Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}}
-	for _, c := range []Chain{{IPv4, FilterTable, Forward}, {IPv4, NatTable, Postrouting}, {IPv6, NatTable, Postrouting}} {
+	for _, c := range []Chain{
+		{Family: IPv4, Table: FilterTable, Name: Forward}, {Family: IPv4, Table: NatTable, Name: Postrouting},
+		{Family: IPv6, Table: NatTable, Name: Postrouting},
+	} {
 		if !rapid.Bool().Draw(t, label+" has chain") {
 			continue
 		}

@@ -59,6 +59,17 @@ type Chain struct {
 	Family Family
 	Table  string
 	Name   string
+	// Form is that of iptables that holds the chain, where one of them is meant (nft, legacy: xtables-nft(8)); empty for
+	// the one in use.
+	Form string
+}
+
+// Program names the program that changes the chain.
+func (c Chain) Program() string {
+	if c.Form == "" {
+		return c.Family.Command()
+	}
+	return c.Family.Command() + "-" + c.Form
 }
 
 // A Jump leads from one of the kernel's own chains into a chain of ours, in the same table.
@@ -70,7 +81,7 @@ type Jump struct {
 }
 
 // Base returns the chain that j leads from.
-func (j Jump) Base() Chain { return Chain{j.Chain.Family, j.Chain.Table, j.From} }
+func (j Jump) Base() Chain { return Chain{j.Chain.Family, j.Chain.Table, j.From, j.Chain.Form} }
 
 // Args returns what makes up the rule in iptables' words.
 func (j Jump) Args() []string {
@@ -179,7 +190,7 @@ func (e Entry) Command(do backend.Verb, _ backend.Object) string {
 }
 
 func (c Chain) command(do, what string, args ...string) string {
-	words := append([]string{c.Family.Command(), "-t", c.Table, do, what}, args...)
+	words := append([]string{c.Program(), "-t", c.Table, do, what}, args...)
 	return strings.Join(words, " ")
 }
 
