@@ -75,7 +75,7 @@ connected. 127.0.0.1:9479 answers /healthz, /readyz, /report and /leases.`,
 		},
 	}
 	o.addTo(cmd.Flags())
-	cmd.Flags().StringVar(&cniConfDir, "cni-conf-dir", "/etc/cni/net.d",
+	cmd.Flags().StringVar(&cniConfDir, "cni-conf-dir", defaultConfDir,
 		"where the container runtime looks for CNI configuration")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log more than changes and problems")
 	return cmd
