@@ -109,7 +109,7 @@ func (c *Cleanup) lock() (unlock func(), err error) {
 	}
 	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if err == nil {
-		return func() { f.Close() }, nil
+		return func() { c.unmake(); f.Close() }, nil
 	}
 	defer f.Close()
 	if errors.Is(err, unix.EWOULDBLOCK) {
@@ -117,6 +117,16 @@ func (c *Cleanup) lock() (unlock func(), err error) {
 			"cluster, delete the DaemonSet tweed", holder(f), path)
 	}
 	return nil, fmt.Errorf("locking %s: %w", path, err)
+}
+
+// unmake removes what lock has made, where that is still there.
+func (c *Cleanup) unmake() {
+	if c.madeLock {
+		os.Remove(lockPath(c.CNI.RunDir))
+	}
+	if c.madeDir {
+		os.Remove(c.CNI.RunDir)
+	}
 }
 
 // holder tells who has the lock of a file, as far as that can be seen from here (/proc/locks, proc(5)).
@@ -157,8 +167,8 @@ func (c *Cleanup) refuse(ctx context.Context) error {
 	if len(pods) > few {
 		names += ", ..."
 	}
-	return fmt.Errorf("pods are attached to this node (%d, by %s): drain it first (kubectl drain NODE --ignore-daemonsets), "+
-		"or cut them off with --force; their DEL will then need the plugin %s, which stays where it is",
+	return fmt.Errorf("pods are attached to this node (%d, by %s): drain it first "+
+		"(kubectl drain NODE --ignore-daemonsets), or cut them off with --force; their DEL will then need the plugin %s, which stays where it is",
 		len(pods), names, pluginName)
 }
 
@@ -174,24 +184,25 @@ func veths(have backend.State) (names []string) {
 
 // kernel makes passes with nothing wanted, until one finds nothing or gets nowhere.
 func (c *Cleanup) kernel(ctx context.Context) {
-	var failed []error
-	for range rounds {
+	for round := 1; ; round++ {
 		ops, err := c.plan(ctx)
-		failed = nil
+		var failed []error
 		if err != nil {
 			failed = append(failed, err)
 		}
 		before := c.done
 		for _, op := range ops {
-			if err := c.do(op.String(), func() error { return c.Remains.Apply(ctx, op) }); err != nil {
+			if round > rounds {
+				failed = append(failed, fmt.Errorf("%s: somebody makes it anew each time it is removed", op))
+			} else if err := c.do(op.String(), func() error { return c.Remains.Apply(ctx, op) }); err != nil {
 				failed = append(failed, err)
 			}
 		}
 		if c.DryRun || c.done == before {
-			break
+			c.failed = append(c.failed, failed...)
+			return
 		}
 	}
-	c.failed = append(c.failed, failed...)
 }
 
 // plan works out what takes all away that there is. The packet filter goes last, so that no packet is sent on that it
@@ -233,11 +244,8 @@ func (c *Cleanup) files(context.Context) {
 	if !c.forced {
 		c.remove(filepath.Join(c.PluginDir, pluginName))
 	}
-	if c.madeLock {
-		c.note(os.Remove(lockPath(c.CNI.RunDir)))
-	} else {
-		c.remove(lockPath(c.CNI.RunDir))
-	}
+	c.unmake() // which is not worth a word
+	c.remove(lockPath(c.CNI.RunDir))
 	c.runDir()
 }
 
@@ -250,10 +258,6 @@ func (c *Cleanup) runDir() {
 	}
 	_, absent := os.Lstat(dir)
 	if err != nil || absent != nil || isMounted(dir) || len(others) > 0 || len(ours) > 0 && !c.DryRun {
-		return
-	}
-	if c.madeDir {
-		c.note(os.Remove(dir))
 		return
 	}
 	c.note(c.do("rmdir "+dir, func() error { return os.Remove(dir) }))

@@ -83,7 +83,7 @@ func TestCleanupStopsAtWhatCannotBeRemoved(t *testing.T) {
 	}
 	*told = nil
 	c.Record = &record{published: "unpublish"}
-	if _, err := c.Run(t.Context()); err != nil || !slices.Contains(*told, "ip link del tweed0") || !slices.Contains(*told, "unpublish") {
+	if _, err := c.Run(t.Context()); err != nil || !slices.Equal(*told, []string{"ip link del tweed0", "unpublish"}) {
 		t.Errorf("another try: %v, %v", err, *told)
 	}
 }
@@ -188,5 +188,34 @@ func TestRunDirectoryIsSomebodyElses(t *testing.T) {
 	}
 	if left, others, err := podnet.Files(c.CNI.RunDir); err != nil || len(left) > 0 || len(others) != 1 {
 		t.Errorf("left: %v, %v, %v", left, others, err)
+	}
+}
+
+// A daemon with another run directory has another lock.
+func TestSomebodyPutsBackWhatIsRemoved(t *testing.T) {
+	c, r, _ := leaving(t)
+	c.Say = func(command string) {
+		if command == "ip link del tweed0" {
+			mac := backend.MAC{0x0e}
+			again := backend.Link{Name: BridgeName, Type: backend.KindBridge, MAC: mac, MTU: 1450, Up: true}
+			if err := r.ByHand(backend.Op{Do: backend.Add, What: again}); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	_, err := c.Run(t.Context())
+	if err == nil || err.Error() != "ip link del tweed0: somebody makes it anew each time it is removed" {
+		t.Errorf("it ends with %v", err)
+	}
+}
+
+func TestRefusalMakesTheRunDirectory(t *testing.T) {
+	c, r, _ := leaving(t)
+	r.from = 1
+	if err := os.RemoveAll(c.CNI.RunDir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Run(t.Context()); err == nil || exists(c.CNI.RunDir) {
+		t.Errorf("it ends with %v; the run directory is there: %v", err, exists(c.CNI.RunDir))
 	}
 }

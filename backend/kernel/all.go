@@ -33,11 +33,12 @@ func (k *Kernel) ObserveAll(ctx context.Context) (backend.State, error) {
 	return have.State, nil
 }
 
-// ObserveAllFilters reads what is ours in every packet filter that this host has: that of each form of iptables, since a
-// kubelet or a host that was upgraded may have changed from one to the other. What could be read is returned also with
-// an error.
+// ObserveAllFilters reads what is ours in every packet filter that this host has: that of each form of iptables, since
+// the host or its kubelet may have changed from one to the other. What could be read is returned also with an error.
 func (k *Kernel) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
-	all := masq.Ruleset{Chains: map[masq.Chain][]masq.Rule{}, Jumps: map[masq.Jump]bool{}, Ends: map[masq.Chain]int{}}
+	all := masq.Ruleset{
+		Chains: map[masq.Chain][]masq.Rule{}, Jumps: map[masq.Jump]bool{}, Ends: map[masq.Chain]int{},
+	}
 	var errs []error
 	for _, form := range forms() {
 		f := k.filterOf(masq.Chain{Form: form})

@@ -29,7 +29,7 @@ type cleanup struct {
 func (c *cleanup) addTo(fs *pflag.FlagSet) {
 	fs.BoolVar(&c.dryRun, "dry-run", false, "print what would be done, and change nothing")
 	fs.BoolVar(&c.force, "force", false,
-		"go on although pods are attached, and cut them off (default: refuse, because pods that run would be without network)")
+		"go on although pods are attached, and cut them off (default: refuse, because they would run without a network)")
 	fs.BoolVar(&c.stay, "stay", false, "when nothing is left, wait to be ended; for a DaemonSet, whose pods must not end")
 	fs.BoolVar(&c.annotations, "annotations", false,
 		"also remove what this node has published on its Node, so that other nodes forget it")
