@@ -1,6 +1,6 @@
 // Command manifests writes what is made from base: tweed.yaml for kubectl apply, and the template of the Helm chart;
-// and cleanup.yaml, which takes tweed off all nodes, from cleanup. It is a module of its own, so that neither kustomize nor
-// Helm becomes a dependency of the daemon.
+// and cleanup.yaml, which takes tweed off all nodes, from cleanup. It is a module of its own, so that neither kustomize
+// nor Helm becomes a dependency of the daemon.
 package main
 
 import (

@@ -168,7 +168,8 @@ func (c *Cleanup) refuse(ctx context.Context) error {
 		names += ", ..."
 	}
 	return fmt.Errorf("pods are attached to this node (%d, by %s): drain it first "+
-		"(kubectl drain NODE --ignore-daemonsets), or cut them off with --force; their DEL will then need the plugin %s, which stays where it is",
+		"(kubectl drain NODE --ignore-daemonsets), or cut them off with --force; their DEL will then need the plugin %s, "+
+		"which stays where it is",
 		len(pods), names, pluginName)
 }
 

@@ -168,7 +168,8 @@ func TestRecordIsLostBeforeItsPluginIsDone(t *testing.T) {
 func TestFileThatTellsNotWhoseItIsKeepsTheDirectory(t *testing.T) {
 	c, _, _ := leaving(t)
 	addrs := filepath.Join(c.CNI.RunDir, "addrs")
-	if err := errors.Join(os.MkdirAll(addrs, 0o755), os.WriteFile(filepath.Join(addrs, "10.244.1.9"), nil, 0o600)); err != nil {
+	err := errors.Join(os.MkdirAll(addrs, 0o755), os.WriteFile(filepath.Join(addrs, "10.244.1.9"), nil, 0o600))
+	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := c.Run(t.Context()); err != nil || exists(c.CNI.RunDir) {

@@ -22,7 +22,7 @@ func (h *realHost) ObserveAllFilters(ctx context.Context) (have masq.Ruleset, er
 	return have, err
 }
 
-// askAll has all that is ours found by somebody who does not know what to look for, and taken away in the order of Diff.
+// askAll has all that is ours found by who does not know what to look for, and taken away in the order of Diff.
 func askAll(t *testing.T, h host) {
 	pass(t, h, sample())
 	filterPass(t, h, dualStackFilter(t))

@@ -2,8 +2,11 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -392,4 +395,67 @@ func TestChainThatSomebodyElseUses(t *testing.T) {
 		t.Errorf("another try: %d, %s", status, said)
 	}
 	same(t, "something", before, n.dump())
+}
+
+func TestNodeStillPublishesWhatIsGone(t *testing.T) {
+	const node = `{"apiVersion":"v1","kind":"Node","metadata":{"name":"n1","uid":"u1","resourceVersion":"7","annotations":{
+"tweed.dev/subnets":"10.244.1.0/24","tweed.dev/claim":"10.244.1.0/24 abc","tweed.dev/sources":"192.0.2.9","other":"x"}}}`
+	var patches []string
+	kubeconfig := apiServer(t, func(method, path string, body []byte) (int, string) {
+		if path != "/api/v1/nodes/n1" {
+			t.Errorf("%s %s", method, path)
+		}
+		if method == http.MethodPatch {
+			patches = append(patches, string(body))
+			return 200, `{"apiVersion":"meta.k8s.io/v1","kind":"PartialObjectMetadata","metadata":{"name":"n1"}}`
+		}
+		return 200, node
+	})
+	dir := t.TempDir()
+	args := []string{"cleanup", "--annotations", "--node-name", "n1", "--kubeconfig", kubeconfig, "--run-dir",
+		filepath.Join(dir, "run"), "--cni-conf-dir", dir, "--cni-bin-dir", dir}
+	const say = "kubectl annotate node n1 tweed.dev/subnets- tweed.dev/claim-\n"
+	out, err := tweed(t, append(args, "--dry-run")...)
+	if err != nil || out != say || len(patches) > 0 {
+		t.Errorf("--dry-run: %v, %v, %s", err, patches, out)
+	}
+	out, err = tweed(t, args...)
+	if err != nil || out != say {
+		t.Errorf("it ends with %v and says\n%s", err, out)
+	}
+	want := []string{`{"metadata":{"annotations":{"tweed.dev/claim":null,"tweed.dev/subnets":null},` +
+		`"resourceVersion":"7","uid":"u1"}}`}
+	if !slices.Equal(patches, want) {
+		t.Errorf("it wrote %q, want %q", patches, want)
+	}
+}
+
+// A pod of a DaemonSet that ended would be started again, and again.
+func TestCleanupEndsAlthoughItShouldStay(t *testing.T) {
+	dir := t.TempDir()
+	ctx, end := context.WithCancel(t.Context())
+	defer end()
+	said, stderr := io.Pipe()
+	cmd := rootCommand()
+	cmd.SetArgs([]string{"cleanup", "--stay", "--run-dir", filepath.Join(dir, "run"), "--cni-conf-dir", dir,
+		"--cni-bin-dir", dir})
+	cmd.SetOut(io.Discard)
+	cmd.SetErr(stderr)
+	ended := make(chan error, 1)
+	go func() { ended <- errors.Join(cmd.ExecuteContext(ctx), stderr.Close()) }()
+	line := make([]byte, 100)
+	n, err := said.Read(line)
+	if err != nil || !strings.Contains(string(line[:n]), "nothing of tweed is left here") {
+		t.Fatalf("it says %q (%v)", line[:n], err)
+	}
+	go func() { _, _ = io.Copy(io.Discard, said) }()
+	select {
+	case err := <-ended:
+		t.Fatalf("it ends by itself, with %v", err)
+	case <-time.After(200 * time.Millisecond): // there is nothing to wait for
+	}
+	end()
+	if err := <-ended; err != nil {
+		t.Errorf("it ends with %v", err)
+	}
 }

@@ -65,7 +65,7 @@ func TestWithdrawalMeetsANewerNode(t *testing.T) {
 	leaving(a)
 	a.with(func() { a.stale = 1000 })
 	err := kube.Withdraw(t.Context(), a.config(), "n1")
-	if err == nil || !strings.Contains(err.Error(), "cannot withdraw what is published of node n1: others keep changing the Node") {
+	if err == nil || !strings.Contains(err.Error(), "cannot withdraw what is published of node n1: others keep changing") {
 		t.Errorf("conflicts without end: %v", err)
 	}
 }
