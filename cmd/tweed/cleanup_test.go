@@ -268,8 +268,43 @@ func legacyIptables(t *testing.T) (restore func()) {
 func TestCleanupLeavesSomethingOrTakesTooMuch(t *testing.T) {
 	n := newLeaving(t)
 	before := n.dump()
-	files := n.files()
+	n.inUse()
 
+	foretold, said, status := []string(nil), "", 0
+	n.unchangedBy("--dry-run", func() { foretold, said, status = n.cleanup("--dry-run") })
+	if status != 0 {
+		t.Errorf("--dry-run: %d, %s", status, said)
+	}
+	told, said, status := n.cleanup()
+	if status != 0 || !strings.Contains(said, "net.ipv4.ip_forward") {
+		t.Errorf("cleanup: %d, %s", status, said)
+	}
+	if !slices.Equal(told, foretold) {
+		t.Errorf("--dry-run says\n%s\nand cleanup\n%s", strings.Join(foretold, "\n"), strings.Join(told, "\n"))
+	}
+	for _, want := range []string{
+		"rm " + n.conf + "/10-tweed.conflist", "ip link del tweed.1", "ip link del tweed.9", "ip link del tweed0",
+		"ip route del 10.9.5.0/24", "iptables-nft -t filter -F TWEED-FWD && iptables-nft -t filter -X TWEED-FWD",
+		"ip6tables-legacy -t nat -D POSTROUTING -m comment --comment tweed -j TWEED-POSTRTG", "rm -r " + n.run + "/pods",
+		"rm " + n.bin + "/tweed-cni", "rm " + n.run + "/daemon.lock", "rmdir " + n.run,
+	} {
+		if !slices.ContainsFunc(told, func(line string) bool { return strings.HasPrefix(line, want) }) {
+			t.Errorf("it does not say %q but\n%s", want, strings.Join(told, "\n"))
+		}
+	}
+	n.isAsBefore(before)
+
+	told, said, status = n.cleanup()
+	if status != 0 || told[0] != "" || !strings.Contains(said, "nothing of tweed is left here") {
+		t.Errorf("once more: %d, %v, %s", status, told, said)
+	}
+	n.isAsBefore(before)
+}
+
+// inUse has daemons of two configurations run on the node, and a pod come and go. Beside each cleanup refuses.
+func (n *leaving) inUse() {
+	t := n.t
+	t.Helper()
 	back := legacyIptables(t) // the host is upgraded one day, and its iptables is another
 	n.daemon()()
 	back()
@@ -288,64 +323,38 @@ func TestCleanupLeavesSomethingOrTakesTooMuch(t *testing.T) {
 	stop()
 
 	n.settle()
-	running, runningFiles := n.dump(), n.files()
-	unchanged := func(after string) {
-		t.Helper()
-		same(t, "after "+after+" something", running, n.dump())
-		if now := n.files(); !slices.Equal(now, runningFiles) {
-			t.Errorf("after %s there are %v, were %v", after, now, runningFiles)
-		}
-	}
-	_, said, status = n.cleanup()
+	n.unchangedBy("a refusal", func() { _, said, status = n.cleanup() })
 	if status != 1 || !strings.Contains(said, "pods are attached to this node (1, by tweed") ||
 		!strings.Contains(said, "will then need the plugin") {
 		t.Errorf("beside a pod: %d, %s", status, said)
 	}
-	unchanged("a refusal")
-	if _, said, status = n.cleanup("--dry-run", "--force"); status != 0 {
+	n.unchangedBy("--dry-run --force", func() { _, said, status = n.cleanup("--dry-run", "--force") })
+	if status != 0 {
 		t.Errorf("--dry-run --force: %d, %s", status, said)
 	}
-	unchanged("--dry-run --force")
-
 	n.plugin("DEL", pod)
 	linkdown := func(out string) bool { return strings.Contains(out, "linkdown") }
 	n.awaits("ip -4 route show table main dev tweed0", linkdown) // the bridge's last port is gone
 	n.awaits("ip -4 route show table local dev tweed0", linkdown)
-	running, runningFiles = n.dump(), n.files()
-	foretold, said, status := n.cleanup("--dry-run")
-	if status != 0 {
-		t.Errorf("--dry-run: %d, %s", status, said)
-	}
-	unchanged("--dry-run")
-	told, said, status := n.cleanup()
-	if status != 0 || !strings.Contains(said, "net.ipv4.ip_forward") {
-		t.Errorf("cleanup: %d, %s", status, said)
-	}
-	if !slices.Equal(told, foretold) {
-		t.Errorf("--dry-run says\n%s\nand cleanup\n%s", strings.Join(foretold, "\n"), strings.Join(told, "\n"))
-	}
-	for _, want := range []string{
-		"rm " + n.conf + "/10-tweed.conflist", "ip link del tweed.1", "ip link del tweed.9", "ip link del tweed0",
-		"ip route del 10.9.5.0/24", "iptables-nft -t filter -F TWEED-FWD && iptables-nft -t filter -X TWEED-FWD",
-		"ip6tables-legacy -t nat -D POSTROUTING -m comment --comment tweed -j TWEED-POSTRTG", "rm -r " + n.run + "/pods",
-		"rm " + n.bin + "/tweed-cni", "rm " + n.run + "/daemon.lock", "rmdir " + n.run,
-	} {
-		if !slices.ContainsFunc(told, func(line string) bool { return strings.HasPrefix(line, want) }) {
-			t.Errorf("it does not say %q but\n%s", want, strings.Join(told, "\n"))
-		}
-	}
-	same(t, "something", before, n.dump())
-	if left := n.files(); len(left) > 0 {
-		t.Errorf("of %v there is left %v", files, left)
-	}
+}
 
-	told, said, status = n.cleanup()
-	if status != 0 || told[0] != "" || !strings.Contains(said, "nothing of tweed is left here") {
-		t.Errorf("once more: %d, %v, %s", status, told, said)
+// unchangedBy holds that f changes nothing.
+func (n *leaving) unchangedBy(what string, f func()) {
+	n.t.Helper()
+	before, files := n.dump(), n.files()
+	f()
+	same(n.t, "after "+what+" something", before, n.dump())
+	if now := n.files(); !slices.Equal(now, files) {
+		n.t.Errorf("after %s there are the files %v, were %v", what, now, files)
 	}
-	same(t, "something", before, n.dump())
+}
+
+// isAsBefore holds that nothing of tweed is there, and all that was there before.
+func (n *leaving) isAsBefore(before string) {
+	n.t.Helper()
+	same(n.t, "something", before, n.dump())
 	if left := n.files(); len(left) > 0 {
-		t.Errorf("once more made %v", left)
+		n.t.Errorf("there are the files %v", left)
 	}
 }
 
