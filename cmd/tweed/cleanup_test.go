@@ -309,10 +309,6 @@ func (n *leaving) inUse() {
 	n.daemon()()
 	back()
 	stop := n.daemon()
-	n.types(`
-		ip link add tweed.9 group 116 type vxlan id 9 dstport 4790 local 192.0.2.11
-		ip route add 10.9.5.0/24 via 192.0.2.1 proto 116
-		ip rule add pref 116 from 10.9.5.0/24 lookup 116 protocol 116`)
 	pod := netnstest.New(t)
 	n.plugin("ADD", pod)
 	_, said, status := n.cleanup("--force")
@@ -322,6 +318,11 @@ func (n *leaving) inUse() {
 	}
 	stop()
 
+	// What a daemon of another configuration has left; one that runs would remove it.
+	n.types(`
+		ip link add tweed.9 group 116 type vxlan id 9 dstport 4790 local 192.0.2.11
+		ip route add 10.9.5.0/24 via 192.0.2.1 proto 116
+		ip rule add pref 116 from 10.9.5.0/24 lookup 116 protocol 116`)
 	n.settle()
 	n.unchangedBy("a refusal", func() { _, said, status = n.cleanup() })
 	if status != 1 || !strings.Contains(said, "pods are attached to this node (1, by tweed") ||
