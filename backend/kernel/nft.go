@@ -135,7 +135,7 @@ func (n *nftables) readFamily(family masq.Family, into *nftReading) error {
 			return err
 		}
 	}
-	for _, way := range ways(family) {
+	for _, way := range ways(family, "") {
 		_, there, err := n.chain(way.Chain)
 		if err != nil {
 			return err
@@ -285,7 +285,7 @@ func (s *nftReading) translate(want masq.Ruleset, have *masq.Ruleset) {
 		for _, host := range nftHosts(family) {
 			if c, there := s.chains[host]; there {
 				have.Hosts[host] = c.host()
-				c.guests(host, want, have)
+				guests(host, c.reached(), want, have)
 			}
 		}
 	}
@@ -316,18 +316,23 @@ func (c nftChain) leads(way masq.Jump) bool {
 		textOf(c.rules[0].exprs) == textOf([]nftExpr{verdict(unix.NFT_JUMP, way.Chain.Name)})
 }
 
-// guests adds those rules of c that are ours and that packets get to. A jump with our comment is iptables'.
-func (c nftChain) guests(host masq.Chain, want masq.Ruleset, have *masq.Ruleset) {
+// reached returns those rules of c that packets get to.
+func (c nftChain) reached() []nftRule {
+	if end := c.host().End; end > 0 {
+		return c.rules[:end-1]
+	}
+	return c.rules
+}
+
+// guests adds those of some rules in a chain of others that are ours. A jump with our comment is iptables'.
+func guests(host masq.Chain, rules []nftRule, want masq.Ruleset, have *masq.Ruleset) {
 	byText := map[string]masq.Guest{}
 	for g := range want.Guests {
 		if g.Host == host {
 			byText[textOf(exprs(host.Family, g.Rule))] = g
 		}
 	}
-	for _, r := range c.rules {
-		if ends, _ := r.end(); ends {
-			return
-		}
+	for _, r := range rules {
 		if !r.ours || r.jumps() {
 			continue
 		}
@@ -486,19 +491,4 @@ func (n *nftables) changeGuest(do backend.Verb, g masq.Guest) (changes []nftChan
 		return append(changes, newRule(g.Host, steps, 0, host.rules[end-1].handle)), nil
 	}
 	return append(changes, newRule(g.Host, steps, unix.NLM_F_APPEND, 0)), nil
-}
-
-// isNFT reports whether what belongs to nftables, and not to iptables.
-func isNFT(what backend.Object) bool {
-	switch o := what.(type) {
-	case masq.Chain:
-		return o.Form() == masq.NFTables
-	case masq.Jump:
-		return o.Chain.Form() == masq.NFTables
-	case masq.Entry:
-		return o.Chain.Form() == masq.NFTables
-	case masq.Table, masq.Guest:
-		return true
-	}
-	return false
 }
