@@ -127,6 +127,8 @@ func TestBadValueIsTaken(t *testing.T) {
 		"netConf: {Reserved: 10.244.0.0/24}":                 "/netConf/Reserved",
 		"netConf: {Underlay: both}":                          "/netConf/Underlay",
 		"netConf: {SubnetSource: spec}":                      "/netConf/SubnetSource",
+		"netConf: {PacketFilter: legacy}":                    "/netConf/PacketFilter",
+		"netConf: {NonMasqueradeCIDRs: [10.0.0.1]}":          "/netConf/NonMasqueradeCIDRs/0",
 		"netConf: {Backend: {Type: udp}}":                    "/netConf/Backend/Type",
 		"netConf: {Backend: {VNI: 0}}":                       "/netConf/Backend/VNI",
 		"netConf: {Backend: {Port: 70000}}":                  "/netConf/Backend/Port",

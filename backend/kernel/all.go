@@ -30,9 +30,9 @@ func (k *Kernel) ObserveAll(ctx context.Context) (backend.State, error) {
 	return have.State, nil
 }
 
-// ObserveAllFilters reads what is ours in every packet filter that this host has, reached by packets or not: nftables,
-// and each variant of iptables, since the host or its kubelet may have changed from one to the other. What could be read
-// is returned also with an error.
+// ObserveAllFilters reads what is ours in every packet filter that this host has, whether packets get to it or not: in
+// nftables, and in each variant of iptables, since the host or its kubelet may have changed from one to the other. What
+// could be read is returned also with an error.
 func (k *Kernel) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
 	have := emptyRuleset()
 	errs := []error{k.nft.observeAll(&have)}
@@ -58,14 +58,14 @@ func variants() (all []masq.Variant) {
 	return all
 }
 
-// mayHold reports whether chains of ours may be in a variant of iptables. It asks the kernel, so that a host where there
-// are none needs no iptables.
+// mayHold reports whether chains of ours may be in a variant of iptables. It asks the kernel: a host without any needs no
+// iptables.
 func (k *Kernel) mayHold(v masq.Variant) bool {
 	return v != masq.Legacy && k.nft.iptables() || v != masq.NFT && hasLegacyTables()
 }
 
-// observeAll adds to have what is ours, and trusts nothing that was read before. IPv6 may be missing on a host, IPv4 may
-// not.
+// observeAll adds to have what is ours, and trusts nothing that was read before. IPv6 may be missing on a host, IPv4
+// may not.
 func (f *filter) observeAll(ctx context.Context, have *masq.Ruleset) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -184,13 +184,13 @@ func TestGuestBehindADropIsOverlooked(t *testing.T) {
 		nft add rule inet fw forward ip saddr 10.244.0.0/16 accept comment tweed`)
 	before := h.ns.Run(t, "nft -s list ruleset")
 	filterPass(t, h, nftFilter(t))
-	for _, rule := range []string{"iptables -I FORWARD 1", "iptables -I DOCKER-USER 1", "ip6tables -t nat -I POSTROUTING 1"} {
-		h.ns.Run(t, rule+" -j ACCEPT")
-	}
+	h.ns.Run(t, "iptables -I FORWARD 1 -j ACCEPT")
+	h.ns.Run(t, "iptables -I DOCKER-USER 1 -j ACCEPT")
+	h.ns.Run(t, "ip6tables -t nat -I POSTROUTING 1 -j ACCEPT")
 	takeAllAway(t, h)
-	for _, rule := range []string{"iptables -D FORWARD 1", "iptables -D DOCKER-USER 1", "ip6tables -t nat -D POSTROUTING 1"} {
-		h.ns.Run(t, rule)
-	}
+	h.ns.Run(t, "iptables -D FORWARD 1")
+	h.ns.Run(t, "iptables -D DOCKER-USER 1")
+	h.ns.Run(t, "ip6tables -t nat -D POSTROUTING 1")
 	if now := h.ns.Run(t, "nft -s list ruleset"); now != before {
 		t.Errorf("left:\n%s\nof\n%s", now, before)
 	}
