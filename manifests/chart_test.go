@@ -127,7 +127,7 @@ func TestBadValueIsTaken(t *testing.T) {
 		"netConf: {Reserved: 10.244.0.0/24}":                 "/netConf/Reserved",
 		"netConf: {Underlay: both}":                          "/netConf/Underlay",
 		"netConf: {SubnetSource: spec}":                      "/netConf/SubnetSource",
-		"netConf: {PacketFilter: nft}":                       "/netConf/PacketFilter",
+		"netConf: {PacketFilter: legacy}":                    "/netConf/PacketFilter",
 		"netConf: {NonMasqueradeCIDRs: [10.0.0.1]}":          "/netConf/NonMasqueradeCIDRs/0",
 		"netConf: {Backend: {Type: udp}}":                    "/netConf/Backend/Type",
 		"netConf: {Backend: {VNI: 0}}":                       "/netConf/Backend/VNI",

@@ -27,6 +27,8 @@ type host interface {
 	Observe(context.Context, backend.State) (backend.Observed, error)
 	Apply(context.Context, backend.Op) error
 	ObserveFilter(context.Context, masq.Ruleset) (masq.Ruleset, error)
+	ObserveAll(context.Context) (backend.State, error)
+	ObserveAllFilters(context.Context) (masq.Ruleset, error)
 	Interfaces(context.Context) ([]backend.Interface, error)
 	RouterAdvertised(context.Context) ([]string, error)
 	RouteTo(context.Context, netip.Addr) (backend.Path, error)
@@ -204,6 +206,7 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"PlainRouteTakesTheTunnelsPlace", askPlainRoute},
 		{"FilterIsKept", askFilter},
 		{"FilterChangesItsForm", askForms},
+		{"AllThatIsOursIsFound", askAll},
 	} {
 		t.Run(question.name, func(t *testing.T) { question.ask(t, newHost(t)) })
 	}

@@ -121,6 +121,14 @@ func rival(l backend.Link, links map[string]backend.Link) string {
 
 // ObserveFilter is as in Kernel.
 func (f *Fake) ObserveFilter(ctx context.Context, _ masq.Ruleset) (masq.Ruleset, error) {
+	have, err := f.ObserveAllFilters(ctx)
+	maps.DeleteFunc(have.Chains, func(c masq.Chain, _ []masq.Rule) bool { return c.Variant != "" })
+	maps.DeleteFunc(have.Jumps, func(j masq.Jump, _ bool) bool { return j.Chain.Variant != "" })
+	return have, err
+}
+
+// ObserveAllFilters is as in Kernel, but for the iptables in use, whose variant a Fake does not name.
+func (f *Fake) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	have := f.filter
@@ -138,6 +146,13 @@ func (f *Fake) SetFilterHost(c masq.Chain, h masq.Host) {
 		f.filter.Hosts = map[masq.Chain]masq.Host{}
 	}
 	f.filter.Hosts[c] = h
+}
+
+// ObserveAll is as in Kernel. A Fake has no pods.
+func (f *Fake) ObserveAll(ctx context.Context) (backend.State, error) {
+	have, err := f.Observe(ctx, backend.State{})
+	have.Sysctls = nil
+	return have.State, err
 }
 
 // Interfaces is as in Kernel.

@@ -29,9 +29,10 @@ const (
 	hint = "KUBE-IPTABLES-HINT"
 )
 
-// A filter is the packet filter, and what was last read of it. Reading starts a process for each chain, so at rest it
+// A filter is the packet filter by way of iptables, and what was last read of it. Reading starts a process for each chain, so at rest it
 // is not read.
 type filter struct {
+	variant  masq.Variant  // of iptables, where one is meant
 	changes  atomic.Uint64 // how often the packet filter changed, or may have
 	watchers atomic.Int32  // how many tell of changes
 
@@ -60,10 +61,7 @@ type form interface {
 // ObserveFilter reads what the packet filter holds of ours, in whichever form: the chains of package masq, and the ways
 // into them that packets get to. A rule reads as the one in want that it is, or as an unknown one.
 func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Ruleset, error) {
-	have := masq.Ruleset{
-		Tables: map[masq.Table]bool{}, Chains: map[masq.Chain][]masq.Rule{}, Jumps: map[masq.Jump]bool{},
-		Guests: map[masq.Guest]uint64{}, Hosts: map[masq.Chain]masq.Host{}, Handles: map[masq.Chain][]uint64{},
-	}
+	have := emptyRuleset()
 	// A kernel without nftables holds nothing in that form.
 	if err := k.nft.observe(ctx, want, &have); err != nil && want.Has(masq.NFTables) {
 		return masq.Ruleset{}, err
@@ -78,10 +76,44 @@ func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Rul
 
 // formOf returns what an object of the packet filter is written by.
 func (k *Kernel) formOf(what backend.Object) form {
-	if isNFT(what) {
+	var c masq.Chain
+	switch o := what.(type) {
+	case masq.Chain:
+		c = o
+	case masq.Jump:
+		c = o.Chain
+	case masq.Entry:
+		c = o.Chain
+	default: // tables and guests
 		return k.nft
 	}
-	return k.filter
+	if c.Form() == masq.NFTables {
+		return k.nft
+	}
+	return k.iptables(c.Variant)
+}
+
+// iptables returns the packet filter of one variant of iptables.
+func (k *Kernel) iptables(v masq.Variant) *filter {
+	if v == "" {
+		return k.filter
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.variants == nil {
+		k.variants = map[masq.Variant]*filter{}
+	}
+	if k.variants[v] == nil {
+		k.variants[v] = &filter{variant: v}
+	}
+	return k.variants[v]
+}
+
+func emptyRuleset() masq.Ruleset {
+	return masq.Ruleset{
+		Tables: map[masq.Table]bool{}, Chains: map[masq.Chain][]masq.Rule{}, Jumps: map[masq.Jump]bool{},
+		Guests: map[masq.Guest]uint64{}, Hosts: map[masq.Chain]masq.Host{}, Handles: map[masq.Chain][]uint64{},
+	}
 }
 
 func (f *filter) observe(ctx context.Context, want masq.Ruleset, have *masq.Ruleset) error {
@@ -103,9 +135,11 @@ func (f *filter) observe(ctx context.Context, want masq.Ruleset, have *masq.Rule
 func (f *filter) mayHoldLegacy() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.clean {
-		return false
-	}
+	return !f.clean && hasLegacyTables()
+}
+
+// hasLegacyTables reports whether this network namespace has a table of the older form that chains of ours may be in.
+func hasLegacyTables() bool {
 	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
 		if hasLegacy(family, masq.FilterTable) || hasLegacy(family, masq.NatTable) {
 			return true
@@ -137,7 +171,10 @@ func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 	if family == masq.IPv6 {
 		proto = iptables.ProtocolIPv6
 	}
-	name := command(family)
+	name := f.variant.Command(family)
+	if f.variant == "" {
+		name = command(family)
+	}
 	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(lockWait), iptables.Path(name))
 	if errors.Is(err, exec.ErrNotFound) {
 		return nil, fmt.Errorf("the program %s is not here; install Debian's package iptables, or what holds it: %w",
@@ -162,7 +199,7 @@ func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 // xtables-legacy(8)). It is the one in which the kubelet made its hint; without a hint, the one that the host or the
 // image calls iptables.
 func command(family masq.Family) string {
-	nft, legacy := family.Command()+"-nft", family.Command()+"-legacy"
+	nft, legacy := masq.NFT.Command(family), masq.Legacy.Command(family)
 	switch {
 	case hinted(nft):
 		return nft
@@ -187,21 +224,26 @@ func hasLegacy(family masq.Family, table string) bool {
 }
 
 // ways lists our chains of one family with the chains that each is reached from.
-func ways(family masq.Family) []masq.Jump {
-	forward := masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.Forward}
+func ways(family masq.Family, v masq.Variant) []masq.Jump {
+	forward := masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.Forward, Variant: v}
+	postrouting := masq.Chain{Family: family, Table: masq.NatTable, Name: masq.Postrouting, Variant: v}
 	return []masq.Jump{
 		{Chain: forward, From: masq.BaseForward},
 		{Chain: forward, From: masq.DockerUser},
-		{Chain: masq.Chain{Family: family, Table: masq.NatTable, Name: masq.Postrouting}, From: masq.BasePostrouting},
+		{Chain: postrouting, From: masq.BasePostrouting},
+	}
+}
+
+func (f *filter) begin() *reading {
+	return &reading{
+		at: time.Now(), changes: f.changes.Load(),
+		chains: map[masq.Chain][]string{}, exists: map[masq.Entry]bool{},
 	}
 }
 
 // read reads anew. A family that is not wanted, and that this host cannot filter, holds nothing.
 func (f *filter) read(ctx context.Context, want masq.Ruleset) error {
-	now := &reading{
-		at: time.Now(), changes: f.changes.Load(),
-		chains: map[masq.Chain][]string{}, exists: map[masq.Entry]bool{},
-	}
+	now := f.begin()
 	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
 		if err := f.readFamily(ctx, family, now); err != nil && (wanted(want, family) || !cannotFilter(err)) {
 			return err
@@ -232,7 +274,10 @@ func (f *filter) readFamily(ctx context.Context, family masq.Family, into *readi
 	if err != nil {
 		return err
 	}
-	for _, way := range ways(family) {
+	for _, way := range ways(family, f.variant) {
+		if f.variant == masq.Legacy && !hasLegacy(family, way.Chain.Table) { // to look would make it
+			continue
+		}
 		for _, c := range []masq.Chain{way.Chain, way.Base()} {
 			if err := ctx.Err(); err != nil {
 				return err
@@ -283,7 +328,7 @@ func rules(c masq.Chain, lines []string) []string {
 func (f *filter) translate(want masq.Ruleset, have *masq.Ruleset) error {
 	counts := want.Has(masq.IPTables)
 	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
-		for _, way := range ways(family) {
+		for _, way := range ways(family, f.variant) {
 			lines, there := f.seen.chains[way.Chain]
 			if there {
 				rules, err := f.translateRules(way.Chain, want.Chains[way.Chain], lines)
@@ -397,7 +442,7 @@ func (f *filter) applyChain(do backend.Verb, c masq.Chain) error {
 	if do != backend.Delete {
 		return explainFilter(ipt.NewChain(c.Table, c.Name))
 	}
-	for _, way := range ways(c.Family) {
+	for _, way := range ways(c.Family, f.variant) {
 		if way.Chain == c { // a jump that packets do not get to is not ours to see, but holds the chain
 			if err := deleteJumps(ipt, way); err != nil {
 				return err

@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend/masq"
 )
 
 // DefaultSysctlRoot is where a host shows its sysctls.
@@ -30,11 +31,12 @@ type Kernel struct {
 	ioctl  int // a socket for ioctls
 	root   string
 	log    *slog.Logger
-	filter *filter
+	filter *filter // of the iptables in use
 	nft    *nftables
 
-	mu    sync.Mutex
-	index map[string]int // of links, as last seen
+	mu       sync.Mutex
+	index    map[string]int           // of links, as last seen
+	variants map[masq.Variant]*filter // those of iptables that are meant by name
 }
 
 // errPermission is what every refusal for lack of rights ends in.

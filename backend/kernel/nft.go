@@ -140,7 +140,7 @@ func (n *nftables) readFamily(family masq.Family, into *nftReading) error {
 			return err
 		}
 	}
-	for _, way := range ways(family) {
+	for _, way := range ways(family, "") {
 		_, there, err := n.chain(way.Chain)
 		if err != nil {
 			return err
@@ -287,7 +287,7 @@ func (s *nftReading) translate(want masq.Ruleset, have *masq.Ruleset) {
 		for _, host := range nftHosts(family) {
 			if c, there := s.chains[host]; there {
 				have.Hosts[host] = c.host()
-				c.guests(host, want, have)
+				guests(host, c.reached(), want, have)
 			}
 		}
 	}
@@ -319,18 +319,23 @@ func (c nftChain) leads(way masq.Jump) bool {
 		textOf(c.rules[0].exprs) == textOf([]nftExpr{verdict(unix.NFT_JUMP, way.Chain.Name)})
 }
 
-// guests adds those rules of c that are ours and that packets get to. A jump with our comment is iptables'.
-func (c nftChain) guests(host masq.Chain, want masq.Ruleset, have *masq.Ruleset) {
+// reached returns those rules of c that packets get to.
+func (c nftChain) reached() []nftRule {
+	if end := c.host().End; end > 0 {
+		return c.rules[:end-1]
+	}
+	return c.rules
+}
+
+// guests adds those of some rules in a chain of others that are ours. A jump with our comment is iptables'.
+func guests(host masq.Chain, rules []nftRule, want masq.Ruleset, have *masq.Ruleset) {
 	byText := map[string]masq.Guest{}
 	for g := range want.Guests {
 		if g.Host == host {
 			byText[textOf(exprs(host.Family, g.Rule))] = g
 		}
 	}
-	for _, r := range c.rules {
-		if ends, _ := r.end(); ends {
-			return
-		}
+	for _, r := range rules {
 		if !r.ours || r.jumps() {
 			continue
 		}

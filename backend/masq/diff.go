@@ -162,7 +162,7 @@ func compareTables(a, b Table) int {
 }
 
 func compareChains(a, b Chain) int {
-	return cmp.Or(compareTables(a.table(), b.table()), cmp.Compare(a.Name, b.Name))
+	return cmp.Or(cmp.Compare(a.Variant, b.Variant), compareTables(a.table(), b.table()), cmp.Compare(a.Name, b.Name))
 }
 
 func compareJumps(a, b Jump) int {

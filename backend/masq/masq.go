@@ -89,8 +89,8 @@ func (c Config) Desired() Ruleset {
 
 func (c Config) addIPTables(r *Ruleset, network netip.Prefix) {
 	family := FamilyOf(network.Addr())
-	fwd := Chain{family, FilterTable, Forward}
-	nat := Chain{family, NatTable, Postrouting}
+	fwd := family.chain(FilterTable, Forward)
+	nat := family.chain(NatTable, Postrouting)
 	r.Chains[fwd], r.Chains[nat] = forward(network), c.nat(network)
 	r.Jumps[Jump{Chain: fwd, From: BaseForward}] = true
 	r.Jumps[Jump{Chain: fwd, From: DockerUser}] = true
@@ -102,18 +102,18 @@ func (c Config) addIPTables(r *Ruleset, network netip.Prefix) {
 // nat chain of others keep what is ours to translate, or not to, from a rule there that translates everything.
 func (c Config) addNFTables(r *Ruleset, network netip.Prefix) {
 	family := FamilyOf(network.Addr())
-	translate := Chain{family, OwnTable, Translate}
+	translate := family.chain(OwnTable, Translate)
 	r.Tables[translate.table()] = true
 	r.Chains[translate] = c.nat(network)
 	r.Jumps[Jump{Chain: translate, From: NatHook}] = true
 	for _, rule := range forward(network) {
-		r.Guests[Guest{Host: Chain{family, FilterTable, BaseForward}, Rule: rule}] = 0
-		r.Guests[Guest{Host: Chain{family, FilterTable, DockerUser}, Rule: rule}] = 0
+		r.Guests[Guest{Host: family.chain(FilterTable, BaseForward), Rule: rule}] = 0
+		r.Guests[Guest{Host: family.chain(FilterTable, DockerUser), Rule: rule}] = 0
 	}
 	for _, rule := range r.Chains[translate] {
 		if rule.Mark == 0 && !rule.UDP { // the one is kube-proxy's, the other a part of the rule behind it
 			rule.Verdict = Accept
-			r.Guests[Guest{Host: Chain{family, NatTable, BasePostrouting}, Rule: rule}] = 0
+			r.Guests[Guest{Host: family.chain(NatTable, BasePostrouting), Rule: rule}] = 0
 		}
 	}
 }

@@ -87,8 +87,8 @@ nft add rule ip filter FORWARD ip daddr 10.244.0.0/16 accept #
 nft add rule ip filter FORWARD ip saddr 10.244.0.0/16 accept #
 `)
 	have := Ruleset{Hosts: map[Chain]Host{
-		{IPv4, FilterTable, BaseForward}: {}, {IPv4, FilterTable, DockerUser}: {End: 1},
-		{IPv4, NatTable, BasePostrouting}: {},
+		IPv4.chain(FilterTable, BaseForward): {}, IPv4.chain(FilterTable, DockerUser): {End: 1},
+		IPv4.chain(NatTable, BasePostrouting): {},
 	}}
 	if got := commands(Diff(c.Desired(), have)); got != want {
 		t.Errorf("got:\n%s\nwant:\n%s", got, want)
@@ -100,8 +100,8 @@ nft add rule ip filter FORWARD ip saddr 10.244.0.0/16 accept #
 func TestGuestsOvertakeNoMoreThanTheyMust(t *testing.T) {
 	c := dualStack(t)
 	c.Form = NFTables
-	forward, user, nat := Chain{IPv4, FilterTable, BaseForward}, Chain{IPv4, FilterTable, DockerUser},
-		Chain{IPv4, NatTable, BasePostrouting}
+	forward, user, nat := IPv4.chain(FilterTable, BaseForward), IPv4.chain(FilterTable, DockerUser),
+		IPv4.chain(NatTable, BasePostrouting)
 	now := Ruleset{}
 	guests := func(hosts map[Chain]Host, want map[Chain]int) {
 		t.Helper()
@@ -150,7 +150,9 @@ func TestFormChangesWithoutAGap(t *testing.T) {
 	for from, to := range map[Form]Form{IPTables: NFTables, NFTables: IPTables} {
 		before, after := forms[from], forms[to]
 		before.Form, after.Form = from, to
-		now := Ruleset{Hosts: map[Chain]Host{{IPv4, FilterTable, BaseForward}: {}, {IPv6, FilterTable, BaseForward}: {}}}
+		now := Ruleset{Hosts: map[Chain]Host{
+			IPv4.chain(FilterTable, BaseForward): {}, IPv6.chain(FilterTable, BaseForward): {},
+		}}
 		for _, op := range Diff(before.Desired(), now) {
 			if err := now.Apply(op); err != nil {
 				t.Fatalf("%s: %v", op, err)
@@ -187,7 +189,8 @@ func TestFamilyThatTheNetworkLacksGetsNoRules(t *testing.T) {
 
 func TestRuleThatTakesEveryPacketIsOvertaken(t *testing.T) {
 	want := dualStack(t).Desired()
-	ops := commands(Diff(want, Ruleset{Hosts: map[Chain]Host{{IPv4, FilterTable, BaseForward}: {End: 3, Harms: true}}}))
+	have := Ruleset{Hosts: map[Chain]Host{IPv4.chain(FilterTable, BaseForward): {End: 3, Harms: true}}}
+	ops := commands(Diff(want, have))
 	for _, line := range []string{
 		"iptables -t filter -I FORWARD 3 -m comment --comment tweed -j TWEED-FWD\n",
 		"ip6tables -t filter -A FORWARD -m comment --comment tweed -j TWEED-FWD\n",
@@ -207,7 +210,7 @@ iptables -t filter -F TWEED-FWD && iptables -t filter -X TWEED-FWD
 iptables -t nat -F TWEED-POSTRTG && iptables -t nat -X TWEED-POSTRTG
 `
 	have := c.Desired()
-	delete(have.Jumps, Jump{Chain: Chain{IPv4, FilterTable, Forward}, From: DockerUser})
+	delete(have.Jumps, Jump{Chain: IPv4.chain(FilterTable, Forward), From: DockerUser})
 	if got := commands(Diff(Ruleset{}, have)); got != want {
 		t.Errorf("got:\n%s\nwant:\n%s", got, want)
 	}
@@ -229,14 +232,15 @@ func drawRuleset(t *rapid.T, label string) Ruleset {
 	some := dualStackRules()
 	r := Ruleset{
 		Tables: map[Table]bool{}, Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}, Guests: map[Guest]uint64{},
-		Hosts: map[Chain]Host{{IPv6, FilterTable, BaseForward}: {End: rapid.IntRange(0, 3).Draw(t, label+" end")}},
+		Hosts: map[Chain]Host{IPv6.chain(FilterTable, BaseForward): {End: rapid.IntRange(0, 3).Draw(t, label+" end")}},
 	}
 	if rapid.Bool().Draw(t, label+" has guest") {
-		r.Guests[Guest{Host: Chain{IPv6, FilterTable, BaseForward}, Rule: rapid.SampledFrom(some).Draw(t, label)}] = 0
+		r.Guests[Guest{Host: IPv6.chain(FilterTable, BaseForward), Rule: rapid.SampledFrom(some).Draw(t, label)}] = 0
 	}
 	for _, c := range []Chain{
-		{IPv4, FilterTable, Forward}, {IPv4, NatTable, Postrouting}, {IPv6, NatTable, Postrouting},
-		{IPv6, OwnTable, Translate},
+		IPv4.chain(FilterTable, Forward), IPv4.chain(NatTable, Postrouting),
+		{Family: IPv4, Table: NatTable, Name: Postrouting, Variant: Legacy},
+		IPv6.chain(NatTable, Postrouting), IPv6.chain(OwnTable, Translate),
 	} {
 		if !rapid.Bool().Draw(t, label+" has chain") {
 			continue

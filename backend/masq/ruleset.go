@@ -82,7 +82,7 @@ func FamilyOf(a netip.Addr) Family {
 	return IPv6
 }
 
-// Command names the program that changes the family's packet filter.
+// Command names the program that changes the family's packet filter, in the variant in use.
 func (f Family) Command() string {
 	if f == IPv4 {
 		return "iptables"
@@ -104,11 +104,30 @@ type Table struct {
 	Name   string
 }
 
+// A Variant is one of the two programs that are called iptables. Neither sees the other's chains.
+type Variant string
+
+// The variants (xtables-nft(8), xtables-legacy(8)).
+const (
+	NFT    Variant = "nft"    // keeps its chains in nftables
+	Legacy Variant = "legacy" // the older one
+)
+
+// Command names the program that changes a family's packet filter; Family.Command for the variant in use.
+func (v Variant) Command(f Family) string {
+	if v == "" {
+		return f.Command()
+	}
+	return f.Command() + "-" + string(v)
+}
+
 // A Chain is one chain of one table.
 type Chain struct {
 	Family Family
 	Table  string
 	Name   string
+	// Variant is that of iptables which holds the chain, where one is meant; empty for the one in use, and in nftables.
+	Variant Variant
 }
 
 // Form returns the form that a chain of ours belongs to.
@@ -118,6 +137,8 @@ func (c Chain) Form() Form {
 	}
 	return IPTables
 }
+
+func (f Family) chain(table, name string) Chain { return Chain{Family: f, Table: table, Name: name} }
 
 func (c Chain) table() Table { return Table{c.Family, c.Table} }
 
@@ -131,7 +152,7 @@ type Jump struct {
 }
 
 // Base returns the chain that j leads from.
-func (j Jump) Base() Chain { return Chain{j.Chain.Family, j.Chain.Table, j.From} }
+func (j Jump) Base() Chain { return Chain{j.Chain.Family, j.Chain.Table, j.From, j.Chain.Variant} }
 
 // Args returns what makes up the rule in iptables' words.
 func (j Jump) Args() []string {
@@ -342,7 +363,7 @@ func (g Guest) Command(do backend.Verb, _ backend.Object) string {
 }
 
 func (c Chain) command(do, what string, args ...string) string {
-	words := append([]string{c.Family.Command(), "-t", c.Table, do, what}, args...)
+	words := append([]string{c.Variant.Command(c.Family), "-t", c.Table, do, what}, args...)
 	return strings.Join(words, " ")
 }
 

@@ -89,7 +89,7 @@ connected. 127.0.0.1:9479 answers /healthz, /readyz, /report, /leases and /metri
 		},
 	}
 	o.addTo(cmd.Flags())
-	cmd.Flags().StringVar(&cniConfDir, "cni-conf-dir", "/etc/cni/net.d",
+	cmd.Flags().StringVar(&cniConfDir, "cni-conf-dir", defaultConfDir,
 		"where the container runtime looks for CNI configuration")
 	cmd.Flags().StringVar(&metricsAddress, "metrics-address", "",
 		"HOST:PORT to serve /metrics at, and nothing else, such as :9480 (default: nowhere but on 127.0.0.1:9479, because "+

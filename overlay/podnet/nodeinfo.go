@@ -19,6 +19,9 @@ import (
 // DefaultRunDir is where daemon and plugin keep what must not outlive a boot.
 const DefaultRunDir = "/run/tweed"
 
+// LockName is the file in the run directory that a daemon holds the lock of.
+const LockName = "daemon.lock"
+
 // nodeInfoVersion is the form of node.json that this package writes, and the only one that it reads.
 const nodeInfoVersion = 1
 
