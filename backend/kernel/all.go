@@ -58,8 +58,8 @@ func variants() (all []masq.Variant) {
 	return all
 }
 
-// mayHold reports whether chains of ours may be in a variant of iptables. It asks the kernel: a host without any needs no
-// iptables.
+// mayHold reports whether chains of ours may be in a variant of iptables. It asks the kernel: a host without any needs
+// no iptables.
 func (k *Kernel) mayHold(v masq.Variant) bool {
 	return v != masq.Legacy && k.nft.iptables() || v != masq.NFT && hasLegacyTables()
 }

@@ -251,7 +251,7 @@ func (n *nftables) unreachable(want masq.Ruleset) (drops []string) {
 	}
 	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
 		if legacyDrops(family) {
-			command := family.Command() + "-legacy"
+			command := masq.Legacy.Command(family)
 			drops = append(drops, fmt.Sprintf("the policy of FORWARD in %s is DROP, for packets of pods too; have it accept "+
 				"(%s -P FORWARD ACCEPT), or set PacketFilter in net-conf.json to \"iptables\"", command, command))
 		}
