@@ -156,18 +156,3 @@ func (n *nftables) changeGuest(do backend.Verb, g masq.Guest) (changes []nftChan
 	}
 	return append(changes, newRule(g.Host, steps, unix.NLM_F_APPEND, 0)), nil
 }
-
-// isNFT reports whether what belongs to nftables, and not to iptables.
-func isNFT(what backend.Object) bool {
-	switch o := what.(type) {
-	case masq.Chain:
-		return o.Form() == masq.NFTables
-	case masq.Jump:
-		return o.Chain.Form() == masq.NFTables
-	case masq.Entry:
-		return o.Chain.Form() == masq.NFTables
-	case masq.Table, masq.Guest:
-		return true
-	}
-	return false
-}
