@@ -10,10 +10,14 @@ const (
 	Delete Verb = "delete"
 )
 
+// Kinds lists what Object.Kind can say.
+func Kinds() []string {
+	return []string{"link", "address", "neighbour", "fdb", "route", "rule", "sysctl", "filter"}
+}
+
 // An Object is one entry of a State or of a packet filter's Ruleset: a thing that can be added, changed and deleted.
 type Object interface {
-	// Kind names the sort of thing for counting: "link", "address", "neighbour", "fdb", "route", "rule", "sysctl",
-	// "filter".
+	// Kind names the sort of thing for counting. It is one of Kinds.
 	Kind() string
 	// Command is the command a person would type to do this. was is what is there now where the verb is Change or
 	// Delete, and nil otherwise.

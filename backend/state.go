@@ -48,6 +48,8 @@ type LinkKind string
 const (
 	KindVXLAN  LinkKind = "vxlan"
 	KindBridge LinkKind = "bridge"
+	// KindVeth is the host's end of a pod's interface. It is the plugin's: no State that is wanted holds one.
+	KindVeth LinkKind = "veth"
 )
 
 // A Link is a network device of ours. Of VXLAN and Bridge only the one that Type names is set.

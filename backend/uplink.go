@@ -15,6 +15,16 @@ type Uplink struct {
 	MTU int
 	// Routed is set where Local is on a Stub, so that routing has to choose among Devs for each packet.
 	Routed bool
+	// Segment is what Devs reach without a router; the zero one where all is to go through the tunnel.
+	Segment Segment
+}
+
+// MTUWithin is the MTU, or most where that is smaller. 0 stands for unknown, or no limit.
+func (u Uplink) MTUWithin(most int) int {
+	if most != 0 && (most < u.MTU || u.MTU == 0) {
+		return most
+	}
+	return u.MTU
 }
 
 // An Interface is a network device of this host as far as the choice of an uplink needs to know it.
@@ -28,6 +38,12 @@ type Interface struct {
 	Default4, Default6 bool
 	// Stub is set for lo and dummy devices: their addresses are the host's, and packets from these leave elsewhere.
 	Stub bool
+	// NoARP is set for links on which nobody is asked who has an address: tunnels, mostly. What is behind one need not
+	// take packets for others.
+	NoARP bool
+	// Ways are the routes that leave here without a router, and those with one that lead into the network of an address
+	// of this host.
+	Ways []Way
 }
 
 // A Path is how a packet leaves this host. The zero Path is none.

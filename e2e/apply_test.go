@@ -43,6 +43,7 @@ func TestApply(t *testing.T) {
 	k.step(t, "NodeReboots", k.reboot)
 	k.step(t, "NodeLeavesAndAnotherJoins", k.nodeLeaves)
 	k.step(t, "ManifestIsDeletedUnderTraffic", k.manifestDeleted)
+	k.step(t, "UninstallLeavesNothing", k.uninstalled)
 }
 
 // TestApplyDualStack is the same with both families, and kube-proxy's other mode.
@@ -68,6 +69,7 @@ func TestApplyLeases(t *testing.T) {
 	k.step(t, "ServiceIsReachedFromEverywhere", k.clusterIP)
 	k.step(t, "NodeReboots", k.reboot)
 	k.step(t, "NodeLeavesAndAnotherJoins", k.nodeLeaves)
+	k.step(t, "UninstallLeavesNothing", k.uninstalled)
 }
 
 // install applies the manifest, and nothing else, and waits for every node to be ready. Then it adds the cluster's DNS.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -378,4 +379,83 @@ func (k *kube) manifestDeleted(t *testing.T) {
 	})
 	k.Kubectl(t, "apply", "-f", manifest)
 	k.awaitDaemons(t, func(corev1.Pod) error { return nil })
+}
+
+// uninstalled does what docs/install.md says, looks for what is left, and installs tweed again.
+func (k *kube) uninstalled(t *testing.T) {
+	drain := []string{"drain", "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=2m"}
+	uncordon := []string{"uncordon"}
+	for _, h := range k.Hosts {
+		drain, uncordon = append(drain, h.Name), append(uncordon, h.Name)
+	}
+	k.Kubectl(t, drain...)
+	k.Kubectl(t, "delete", "-f", manifest, "--timeout=2m")
+	for _, h := range k.Hosts {
+		for what, left := range k.leftovers(t, h) {
+			if left == "" && !strings.Contains(what, "legacy") {
+				t.Errorf("%s has no %s before it is cleaned: looking for it proves nothing", h.Name, what)
+			}
+		}
+	}
+	k.Kubectl(t, "apply", "-f", cleanup)
+	out, err := k.TryKubectl("--namespace=tweed-cleanup", "rollout", "status", "daemonset/tweed-cleanup", "--timeout=2m")
+	said := k.Kubectl(t, "--namespace=tweed-cleanup", "logs", "--selector=app.kubernetes.io/name=tweed-cleanup", "--prefix",
+		"--all-containers", "--tail=-1")
+	if err != nil {
+		t.Fatalf("%v\n%s\n%s", err, out, said)
+	}
+	for _, h := range k.Hosts {
+		for what, left := range k.leftovers(t, h) {
+			if left != "" {
+				t.Errorf("%s: left of %s:\n%s", h.Name, what, left)
+			}
+		}
+	}
+	if t.Failed() {
+		t.Logf("cleanup said\n%s", said)
+	}
+	k.Kubectl(t, "delete", "-f", cleanup, "--timeout=2m")
+	k.Kubectl(t, "apply", "-f", manifest)
+	k.Kubectl(t, uncordon...)
+	k.awaitReady(t)
+	for _, h := range k.Hosts {
+		k.subnetIsRight(t, h.Name)
+	}
+}
+
+// leftovers is what there is of tweed on a host and its Node, by what it is.
+func (k *kube) leftovers(t *testing.T, h *cluster.Host) map[string]string {
+	t.Helper()
+	left := map[string]string{"iptables-nft": ""}
+	for _, command := range []string{
+		"ip -o link show group 116", "ip route show table all proto 116",
+	} {
+		left[command] = h.NetNS.Run(t, command)
+	}
+	for _, form := range []string{"nft", "legacy"} {
+		for line := range strings.Lines(h.NetNS.Run(t, "iptables-"+form+"-save") + h.NetNS.Run(t, "ip6tables-"+form+"-save")) {
+			if strings.Contains(strings.ToLower(line), "tweed") {
+				left["iptables-"+form] += line
+			}
+		}
+	}
+	// The directory itself is where cleanup's container has it mounted.
+	for _, path := range []string{"/run/tweed/*", conflist, "/opt/cni/bin/tweed-cni"} {
+		found, err := filepath.Glob(h.Path(path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		left[path] = strings.Join(found, "\n")
+	}
+	node, err := k.API.CoreV1().Nodes().Get(t.Context(), h.Name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	left["annotations"] = ""
+	for key, value := range node.Annotations {
+		if strings.HasPrefix(key, "tweed.dev/") {
+			left["annotations"] += key + "=" + value + "\n"
+		}
+	}
+	return left
 }

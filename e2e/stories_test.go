@@ -22,6 +22,7 @@ import (
 // The manifests as a user applies them, seen from this directory.
 const (
 	manifest     = "../manifests/tweed.yaml"
+	cleanup      = "../manifests/cleanup.yaml"
 	dualManifest = "../manifests/overlays/dual-stack"
 )
 

@@ -13,6 +13,10 @@ const manifestHeader = `# tweed, for "kubectl apply -f". Made from manifests/bas
 # docs/install.md says what a cluster needs, and how to go on.
 `
 
+const cleanupHeader = `# Takes what tweed has left off every node, when tweed.yaml is deleted and the nodes are drained: docs/install.md,
+# "Uninstalling". Made from manifests/cleanup by "make manifests": change it there.
+`
+
 // build runs kustomize on a directory. Objects come in the order of its list of resources, with the comments of their
 // files.
 func build(dir string) ([]*kyaml.RNode, error) {
@@ -23,9 +27,9 @@ func build(dir string) ([]*kyaml.RNode, error) {
 	return objects.ToRNodeSlice(), nil
 }
 
-func manifestOf(objects []*kyaml.RNode) (string, error) {
+func manifestOf(header string, objects []*kyaml.RNode) (string, error) {
 	text, err := textOf(objects)
-	return manifestHeader + text, err
+	return header + text, err
 }
 
 func textOf(objects []*kyaml.RNode) (string, error) {

@@ -1,5 +1,6 @@
-// Command manifests writes what is made from base: tweed.yaml for kubectl apply, and the template of the Helm chart. It
-// is a module of its own, so that neither kustomize nor Helm becomes a dependency of the daemon.
+// Command manifests writes what is made from base: tweed.yaml for kubectl apply, and the template of the Helm chart;
+// and cleanup.yaml, which takes tweed off all nodes, from cleanup. It is a module of its own, so that neither kustomize
+// nor Helm becomes a dependency of the daemon.
 package main
 
 import (
@@ -15,7 +16,7 @@ func main() {
 	}
 }
 
-// write puts the files that are made from dir/base in their places in dir.
+// write puts the files that generate makes in their places in dir.
 func write(dir string) error {
 	files, err := generate(dir)
 	if err != nil {
@@ -29,13 +30,21 @@ func write(dir string) error {
 	return nil
 }
 
-// generate returns the files that are made from dir/base, by their names in dir.
+// generate returns the files that are made from dir/base and dir/cleanup, by their names in dir.
 func generate(dir string) (map[string]string, error) {
 	objects, err := build(filepath.Join(dir, "base"))
 	if err != nil {
 		return nil, err
 	}
-	manifest, err := manifestOf(objects)
+	manifest, err := manifestOf(manifestHeader, objects)
+	if err != nil {
+		return nil, err
+	}
+	leaving, err := build(filepath.Join(dir, "cleanup"))
+	if err != nil {
+		return nil, err
+	}
+	cleanup, err := manifestOf(cleanupHeader, leaving)
 	if err != nil {
 		return nil, err
 	}
@@ -43,5 +52,7 @@ func generate(dir string) (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	return map[string]string{"tweed.yaml": manifest, "chart/templates/tweed.yaml": template}, nil
+	return map[string]string{
+		"tweed.yaml": manifest, "cleanup.yaml": cleanup, "chart/templates/tweed.yaml": template,
+	}, nil
 }

@@ -27,6 +27,9 @@ var overlays = map[string][]string{
 		"ConfigMap tweed: data net-conf.json EnableIPv6",
 		"ConfigMap tweed: data net-conf.json IPv6Network",
 	},
+	"host-gw": {
+		"ConfigMap tweed: data net-conf.json Backend Type",
+	},
 	"k3s": {
 		"ConfigMap tweed: data net-conf.json Network",
 		"DaemonSet tweed: spec template spec volumes cni-bin hostPath path",

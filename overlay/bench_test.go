@@ -184,3 +184,35 @@ func manyPeers(count int) []subnet.Lease {
 	}
 	return leases
 }
+
+// BenchmarkIdlePass is the pass that finds nothing to do, by what it takes of the processor.
+func BenchmarkIdlePass(b *testing.B) {
+	const passes = 50
+	for name, peers := range map[string][]subnet.Lease{"ipv4": ipv4Peers(5000), "dual-stack": manyPeers(5000)} {
+		b.Run(name, func(b *testing.B) {
+			inNamespace(b, func() {
+				n := onKernel(b)
+				n.cluster.set()
+				n.step(b)
+				n.step(b)
+				n.cluster.set(peers...)
+				n.step(b)
+				n.step(b)
+				var cpu samples
+				for b.Loop() {
+					for range passes {
+						start := processorTime(b)
+						n.step(b)
+						cpu.add(processorTime(b) - start)
+					}
+				}
+				b.Logf("processor time of a pass with nothing to do, %s: %v", name, cpu)
+				b.ReportMetric(ms(cpu.median()), "cpu-ms")
+			})
+		})
+	}
+}
+
+func ipv4Peers(count int) []subnet.Lease {
+	return slices.DeleteFunc(manyPeers(count), func(l subnet.Lease) bool { return l.Subnet.Addr().Is6() })
+}

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/subnet"
 )
@@ -21,16 +22,20 @@ type Config struct {
 	Underlay int
 	// SubnetSource says where a Kubernetes node's subnets come from.
 	SubnetSource subnet.Origin
+	// PacketFilter says what this node's packet filter is written in.
+	PacketFilter masq.Form
+	// NonMasquerade holds addresses that see pods by their own addresses, the pod network's apart.
+	NonMasquerade []netip.Prefix
 }
 
 // BackendConfig says how packets reach other nodes.
 type BackendConfig struct {
-	Type string // "vxlan"
+	Type string // "vxlan" or "host-gw"
 	VNI  uint32
 	Port uint16 // UDP
 	// MTU is the underlay's, in bytes, as if the uplink had it; 0 for the uplink's own.
 	MTU int
-	// DirectRouting is always false: true is refused as long as nothing serves it.
+	// DirectRouting has nodes on one segment send each other pods' packets as they are.
 	DirectRouting bool
 	// ChecksumOffload is "auto" for what the kernel does by itself, or "off".
 	ChecksumOffload string
@@ -77,8 +82,10 @@ func ParseConfig(text []byte) (Config, error) {
 		d.checkFamilies()
 	}
 	if len(d.errs) == 0 {
+		d.checkBackend()
 		d.checkMTU()
 		d.buildNetwork()
+		d.checkExceptions()
 	}
 	if err := errors.Join(d.errs...); err != nil {
 		return Config{}, err
@@ -141,6 +148,7 @@ func newDraft() *draft {
 		Config: Config{
 			Backend:      BackendConfig{Type: vxlan.Name, VNI: defaultVNI, Port: defaultPort, ChecksumOffload: "auto"},
 			SubnetSource: subnet.OriginAuto,
+			PacketFilter: masq.IPTables,
 		},
 		ipv4:  familyDraft{version: 4, enabled: true},
 		ipv6:  familyDraft{version: 6},
@@ -178,12 +186,29 @@ func (d *draft) checkFamilies() {
 	}
 }
 
+// checkBackend refuses keys of the tunnel where there is none.
+func (d *draft) checkBackend() {
+	if d.Backend.Type == vxlan.Name {
+		return
+	}
+	for _, key := range []string{"VNI", "Port", "DirectRouting", "ChecksumOffload"} {
+		if _, given := d.given["Backend."+key]; given {
+			d.fail("Backend."+key, `means nothing with %q, which has no tunnel; remove the key, or set Backend.Type to %q`,
+				d.Backend.Type, vxlan.Name)
+		}
+	}
+}
+
 // checkMTU refuses an underlay over which pods could not have the MTU that their family demands: 576 bytes for IPv4
-// (RFC 791, section 3.2) and 1280 for IPv6 (RFC 8200, section 5), beside 50 and 70 bytes of headers at most.
+// (RFC 791, section 3.2) and 1280 for IPv6 (RFC 8200, section 5), beside, in a tunnel, 50 and 70 bytes of headers at
+// most.
 func (d *draft) checkMTU() {
-	smallest := 576 + 50
+	smallest, headers := 576, 50
 	if d.ipv6.enabled {
-		smallest = 1280 + 70
+		smallest, headers = 1280, 70
+	}
+	if d.Backend.Type == vxlan.Name {
+		smallest += headers
 	}
 	if m := d.Backend.MTU; m != 0 && m < smallest {
 		d.fail("Backend.MTU", "too small for this pod network; want at least %d", smallest)
@@ -199,6 +224,16 @@ func (d *draft) buildNetwork() {
 	for _, p := range d.reserved {
 		if len(d.errs) == 0 && !d.Network.Contains(p) {
 			d.fail("Reserved", "%s is not inside the pod network %v", p, d.Network.Prefixes())
+		}
+	}
+}
+
+// checkExceptions refuses exceptions from masquerading that could never be met.
+func (d *draft) checkExceptions() {
+	for _, p := range d.NonMasquerade {
+		if _, ok := d.Network.Range(p.Addr()); !ok {
+			d.fail("NonMasqueradeCIDRs", "%s means nothing without IPv%d in the pod network; remove it, or set %q: true",
+				p, family(p.Addr()), fmt.Sprintf("EnableIPv%d", family(p.Addr())))
 		}
 	}
 }

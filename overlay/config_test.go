@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/subnet"
 )
 
@@ -32,8 +33,8 @@ func TestConfigThatCannotBeUsed(t *testing.T) {
 		{`{"network": "10.244.0.0/16"}`, "network: unknown key; did you mean Network? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "SubnetLenn": 24}`, "SubnetLenn: unknown key; did you mean SubnetLen?"},
 		{`{"Network": "10.244.0.0/16", "Colour": "blue"}`, "Colour: unknown key; known are Backend, EnableIPv4, EnableIPv6, " +
-			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, Reserved, SubnetLen, SubnetMax, SubnetMin, " +
-			"SubnetSource, Underlay"},
+			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, NonMasqueradeCIDRs, PacketFilter, Reserved, " +
+			"SubnetLen, SubnetMax, SubnetMin, SubnetSource, Underlay"},
 		{`{"Network": "10.244.0.0/16", "Backend": {"Vni": 1}}`,
 			"Backend.Vni: unknown key; did you mean VNI? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "Network": "10.244.0.0/16"}`,
@@ -110,15 +111,33 @@ SubnetLen 24: means nothing without IPv4; set "EnableIPv4": true, or remove the 
 
 		// Underlay and backend.
 		{`{"Network": "10.244.0.0/16", "Underlay": "IPv6"}`, `Underlay "IPv6": want "ipv4" or "ipv6"`},
+		{`{"Network": "10.244.0.0/16", "PacketFilter": "nft"}`, `PacketFilter "nft": want "iptables" or "nftables"`},
+		{`{"Network": "10.244.0.0/16", "NonMasqueradeCIDRs": "10.0.0.0/8"}`,
+			`NonMasqueradeCIDRs "10.0.0.0/8": want a list of prefixes, such as ["10.0.0.0/8"]`},
+		{`{"Network": "10.244.0.0/16", "NonMasqueradeCIDRs": ["10.0.0.0/8", "10.0.0.1"]}`,
+			`NonMasqueradeCIDRs ["10.0.0.0/8","10.0.0.1"]: number 2, "10.0.0.1": want a prefix, such as "10.0.0.0/8"`},
+		{`{"Network": "10.244.0.0/16", "NonMasqueradeCIDRs": ["fd00::/8"]}`,
+			`NonMasqueradeCIDRs ["fd00::/8"]: fd00::/8 means nothing without IPv6 in the pod network; remove it, or set ` +
+				`"EnableIPv6": true`},
 		{`{"Network": "10.244.0.0/16", "SubnetSource": "Lease"}`,
 			`SubnetSource "Lease": want "auto", "node-spec" or "lease"`},
 		{`{"Network": "10.244.0.0/16", "SubnetSource": ""}`, `SubnetSource "": want "auto", "node-spec" or "lease"`},
 		{`{"Network": "10.244.0.0/16", "SubnetSource": null}`, `SubnetSource null: want "auto", "node-spec" or "lease"`},
 		{`{"Network": "10.244.0.0/16", "subnetSource": "lease"}`,
 			"subnetSource: unknown key; did you mean SubnetSource? Upper and lower case matter"},
-		{`{"Network": "10.244.0.0/16", "Backend": {"Type": "VXLAN"}}`, `Backend.Type "VXLAN": want "vxlan"`},
-		{`{"Network": "10.244.0.0/16", "Backend": {"Type": "host-gw"}}`,
-			`Backend.Type "host-gw": a backend of flannel that is not here: not served yet; "vxlan" is`},
+		{`{"Network": "10.244.0.0/16", "Backend": {"Type": "VXLAN"}}`, `Backend.Type "VXLAN": want "vxlan" or "host-gw"`},
+		{`{"Network": "10.244.0.0/16", "Backend": {"VNI": 1, "Port": 8472, "DirectRouting": true, "Type": "host-gw"}}`,
+			`Backend.VNI 1: means nothing with "host-gw", which has no tunnel; remove the key, or set Backend.Type to "vxlan"
+Backend.Port 8472: means nothing with "host-gw", which has no tunnel; remove the key, or set Backend.Type to "vxlan"
+Backend.DirectRouting true: means nothing with "host-gw", which has no tunnel; remove the key, ` +
+				`or set Backend.Type to "vxlan"`},
+		{`{"Network": "10.244.0.0/16", "Backend": {"Type": "host-gw", "ChecksumOffload": "auto"}}`,
+			`Backend.ChecksumOffload "auto": means nothing with "host-gw", which has no tunnel; remove the key, ` +
+				`or set Backend.Type to "vxlan"`},
+		{`{"Network": "10.244.0.0/16", "Backend": {"Type": "host-gw", "MTU": 575}}`,
+			"Backend.MTU 575: too small for this pod network; want at least 576"},
+		{`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00::/48", "Backend": {"Type": "host-gw", "MTU": 1279}}`,
+			"Backend.MTU 1279: too small for this pod network; want at least 1280"},
 		{`{"Network": "10.244.0.0/16", "Backend": {"Type": "wireguard"}}`, `Backend.Type "wireguard": a backend of flannel ` +
 			`that is not here: nothing is encrypted here; use "vxlan", over an encrypted underlay`},
 		{`{"Network": "10.244.0.0/16", "Backend": {"VNI": 0}}`,
@@ -133,12 +152,12 @@ SubnetLen 24: means nothing without IPv4; set "EnableIPv4": true, or remove the 
 			"Backend.MTU 600: too small for this pod network; want at least 626"},
 		{`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00::/48", "Backend": {"MTU": 1300}}`,
 			"Backend.MTU 1300: too small for this pod network; want at least 1350"},
-		{`{"Network": "10.244.0.0/16", "Backend": {"DirectRouting": true}}`,
-			"Backend.DirectRouting true: not served yet; set false, or remove the key"},
+		{`{"Network": "10.244.0.0/16", "Backend": {"DirectRouting": "true"}}`,
+			`Backend.DirectRouting "true": want true or false, without quotes`},
 		{`{"Network": "10.244.0.0/16", "Backend": {"ChecksumOffload": "on"}}`,
 			`Backend.ChecksumOffload "on": want "auto" or "off"`},
 		{`{"Network": "10.244.0.0/16", "EnableNFTables": true}`, "EnableNFTables: a key of flannel that has no meaning here: " +
-			"the packet filter is written with the system's iptables, whichever kind that is; remove the key"},
+			`write "PacketFilter": "nftables" for true; remove the key`},
 		{`{"Network": "10.244.0.0/16", "Backend": {"ListenPort": 51820}}`,
 			"Backend.ListenPort: a key of flannel that has no meaning here: the tunnel's UDP port is Port"},
 
@@ -147,7 +166,7 @@ SubnetLen 24: means nothing without IPv4; set "EnableIPv4": true, or remove the 
 			`Backend.Port 0: want a whole number from 1 to 65535, without quotes
 Backend.Learning: a key of flannel that has no meaning here: addresses are never learned, ` +
 				`each comes from a lease; remove the key
-Backend.Type 7: want "vxlan"
+Backend.Type 7: want "vxlan" or "host-gw"
 Network ["` + strings.Repeat("x", 58) + `...: want an IPv4 prefix, such as "10.244.0.0/16"`},
 	} {
 		_, err := ParseConfig([]byte(c.text))
@@ -168,7 +187,7 @@ func TestSmallestConfigIsCompletedByDefaults(t *testing.T) {
 		t.Errorf("backend is %+v", c.Backend)
 	}
 	if len(c.Network) != 1 || c.Network[0].Len != 24 || c.Network[0].Count() != 256 || c.Underlay != 0 ||
-		c.SubnetSource != subnet.OriginAuto {
+		c.SubnetSource != subnet.OriginAuto || c.PacketFilter != masq.IPTables || c.NonMasquerade != nil {
 		t.Errorf("%+v", c)
 	}
 }
@@ -180,9 +199,9 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 		"IPv6Network": "fc00::/7", "IPv6SubnetLen": 80, "IPv6SubnetMin": "fc00:1::", "IPv6SubnetMax": "fc00:2::",
 		"Reserved": ["10.11.0.0/16", "fc00:1:1::/48", "10.12.0.0/16"],
 		"Underlay": "ipv6",
-		"SubnetSource": "lease",
+		"SubnetSource": "lease", "PacketFilter": "nftables", "NonMasqueradeCIDRs": ["192.0.2.0/24", "::/0"],
 		"Backend": {
-			"Type": "vxlan", "VNI": 16777215, "Port": 4789, "MTU": 9000, "DirectRouting": false, "ChecksumOffload": "off"
+			"Type": "vxlan", "VNI": 16777215, "Port": 4789, "MTU": 9000, "DirectRouting": true, "ChecksumOffload": "off"
 		}
 	}`))
 	if err != nil {
@@ -204,9 +223,13 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 	if !slices.EqualFunc(c.Network, want, same) {
 		t.Errorf("network is %+v\nwant %+v", c.Network, want)
 	}
-	backend := BackendConfig{Type: "vxlan", VNI: 16777215, Port: 4789, MTU: 9000, ChecksumOffload: "off"}
+	backend := BackendConfig{Type: "vxlan", VNI: 16777215, Port: 4789, MTU: 9000, DirectRouting: true, ChecksumOffload: "off"}
 	if c.Backend != backend || c.Underlay != 6 || c.SubnetSource != subnet.OriginLease {
 		t.Errorf("backend is %+v, underlay %d, subnets by %s", c.Backend, c.Underlay, c.SubnetSource)
+	}
+	exceptions := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("::/0")}
+	if c.PacketFilter != masq.NFTables || !slices.Equal(c.NonMasquerade, exceptions) {
+		t.Errorf("packet filter by %s, without masquerading %v", c.PacketFilter, c.NonMasquerade)
 	}
 }
 
@@ -323,8 +346,9 @@ func FuzzParseConfig(f *testing.F) {
 			}
 			return
 		}
-		if len(c.Network) == 0 || c.Backend.Type != "vxlan" || c.Backend.VNI == 0 || c.Backend.VNI >= 1<<24 ||
-			c.Backend.Port == 0 || c.SubnetSource == "" || c.Backend.DirectRouting || c.Backend.ChecksumOffload == "" {
+		b := c.Backend
+		if len(c.Network) == 0 || b.Type != "vxlan" && (b.Type != "host-gw" || b.DirectRouting) || b.VNI == 0 ||
+			b.VNI >= 1<<24 || b.Port == 0 || c.SubnetSource == "" || b.ChecksumOffload == "" {
 			t.Errorf("accepted: %+v", c)
 		}
 		for _, r := range c.Network {

@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 
+	"tweed.dev/tweed/backend/hostgw"
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/subnet"
 )
@@ -24,10 +26,12 @@ func (d *draft) keys() map[string]setter {
 	keys := map[string]setter{
 		"EnableIPv4": boolean(&d.ipv4.enabled),
 		"EnableIPv6": boolean(&d.ipv6.enabled),
-		"Reserved":   reserved(&d.reserved),
+		"Reserved":   prefixes("10.244.0.0/24", &d.reserved),
 		"Underlay":   underlay(&d.Underlay),
 		"SubnetSource": oneOf([]subnet.Origin{subnet.OriginAuto, subnet.OriginNodeSpec, subnet.OriginLease},
 			&d.SubnetSource),
+		"PacketFilter":       oneOf([]masq.Form{masq.IPTables, masq.NFTables}, &d.PacketFilter),
+		"NonMasqueradeCIDRs": prefixes("10.0.0.0/8", &d.NonMasquerade),
 		"Backend": func(v json.RawMessage) error {
 			d.object("Backend", v, d.backendKeys(), flannelBackendKeys())
 			return nil
@@ -49,7 +53,7 @@ func (d *draft) backendKeys() map[string]setter {
 		"VNI":             whole(1, 1<<24-1, &b.VNI),
 		"Port":            whole(1, math.MaxUint16, &b.Port),
 		"MTU":             whole(1, math.MaxUint16, &b.MTU),
-		"DirectRouting":   notYet(&b.DirectRouting),
+		"DirectRouting":   boolean(&b.DirectRouting),
 		"ChecksumOffload": oneOf([]string{"auto", "off"}, &b.ChecksumOffload),
 	}
 }
@@ -57,7 +61,7 @@ func (d *draft) backendKeys() map[string]setter {
 // flannelKeys returns keys that flannel knows and we do not, with what to do instead.
 func flannelKeys() map[string]string {
 	return map[string]string{
-		"EnableNFTables": "the packet filter is written with the system's iptables, whichever kind that is; remove the key",
+		"EnableNFTables": `write "PacketFilter": "nftables" for true; remove the key`,
 	}
 }
 
@@ -95,7 +99,6 @@ func flannelBackendKeys() map[string]string {
 // flannelBackends returns the backends that flannel has and we do not.
 func flannelBackends() map[string]string {
 	return map[string]string{
-		"host-gw":     `not served yet; "vxlan" is`,
 		"udp":         `use "vxlan"`,
 		"ipip":        `use "vxlan"`,
 		"wireguard":   `nothing is encrypted here; use "vxlan", over an encrypted underlay`,
@@ -238,19 +241,6 @@ func boolean(to *bool) setter {
 	}
 }
 
-// notYet reads a switch that must be off as long as nothing serves it.
-func notYet(to *bool) setter {
-	return func(v json.RawMessage) error {
-		if err := boolean(to)(v); err != nil {
-			return err
-		}
-		if *to {
-			return errors.New("not served yet; set false, or remove the key")
-		}
-		return nil
-	}
-}
-
 func whole[N ~int | ~uint16 | ~uint32](low, high int, to *N) setter {
 	return func(v json.RawMessage) error {
 		n, err := strconv.Atoi(string(v))
@@ -309,7 +299,7 @@ func backendType(to *string) setter {
 		if what, ok := flannelBackends()[text(v)]; ok {
 			return fmt.Errorf("a backend of flannel that is not here: %s", what)
 		}
-		return oneOf([]string{vxlan.Name}, to)(v)
+		return oneOf([]string{vxlan.Name, hostgw.Name}, to)(v)
 	}
 }
 
@@ -359,16 +349,16 @@ func addrOf(family int, to *netip.Addr) setter {
 	}
 }
 
-func reserved(to *[]netip.Prefix) setter {
+func prefixes(such string, to *[]netip.Prefix) setter {
 	return func(v json.RawMessage) error {
 		var list []json.RawMessage
 		if err := json.Unmarshal(v, &list); err != nil || v[0] != '[' {
-			return errors.New(`want a list of prefixes, such as ["10.244.0.0/24"]`)
+			return fmt.Errorf("want a list of prefixes, such as [%q]", such)
 		}
 		for i, element := range list {
 			p, err := netip.ParsePrefix(text(element))
 			if err != nil || p.Addr().Is4In6() {
-				return fmt.Errorf(`number %d, %s: want a prefix, such as "10.244.0.0/24"`, i+1, quoted(element))
+				return fmt.Errorf("number %d, %s: want a prefix, such as %q", i+1, quoted(element), such)
 			}
 			if err := unmasked(p); err != nil {
 				return fmt.Errorf("number %d, %s: %w", i+1, quoted(element), err)

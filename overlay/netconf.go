@@ -153,6 +153,8 @@ func differences(before, now Config) (out []string) {
 	b, c := before.Backend, now.Backend
 	differ("Underlay", underlayName(before.Underlay), underlayName(now.Underlay))
 	differ("SubnetSource", before.SubnetSource, now.SubnetSource)
+	differ("PacketFilter", before.PacketFilter, now.PacketFilter)
+	differ("NonMasqueradeCIDRs", fmt.Sprint(before.NonMasquerade), fmt.Sprint(now.NonMasquerade))
 	differ("Backend.Type", b.Type, c.Type)
 	differ("Backend.VNI", b.VNI, c.VNI)
 	differ("Backend.Port", b.Port, c.Port)

@@ -276,6 +276,8 @@ func TestChangedKeyThatNobodyNames(t *testing.T) {
 			v.SetBool(!v.Bool())
 		case reflect.Int:
 			v.SetInt(v.Int() + 6)
+		case reflect.Slice:
+			v.Set(reflect.ValueOf([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}))
 		default:
 			v.SetUint(v.Uint() + 6)
 		}

@@ -2,7 +2,6 @@ package overlay
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -13,7 +12,6 @@ import (
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/bridge"
 	"tweed.dev/tweed/backend/masq"
-	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
@@ -44,6 +42,7 @@ type Planner struct {
 
 	last    inputs  // of the last plan; kept in force where the next cannot be had
 	desired desired // what follows from last
+	renewed bool    // no plan has compared the kernel with desired yet
 	netConf netConf
 	grown   subnet.Network // as Plan.Grown, until a plan tells of it
 }
@@ -59,6 +58,13 @@ type Plan struct {
 	Blocked bool
 	// Peers, Wanted and Found count leases of other nodes and objects in the kernel.
 	Peers, Wanted, Found int
+	// Again is set where the kernel should hold what it should have held by the plan before. Then Ops repair drift, but for
+	// those that were planned before and have not been done since.
+	Again bool
+	// Nodes counts the nodes of Peers, and Refused the other leases of other nodes.
+	Nodes, Refused int
+	// Barred names those of Nodes that a stranger keeps from being reached.
+	Barred []string
 	// Unpublished is set where the list of leases does not hold Self as it is.
 	Unpublished bool
 	// Stale says what is not known of this node any more, so that what was in force stays, and nothing is published; nil
@@ -85,6 +91,8 @@ type desired struct {
 	filter   masq.Ruleset
 	self     []subnet.Lease
 	peers    int
+	nodes    []string // of peers
+	refused  int
 	info     podnet.NodeInfo
 	problems []subnet.Problem
 	unsaid   bool // self is not what the list holds for this node
@@ -122,11 +130,14 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		return Plan{}, err
 	}
 	if !reflect.DeepEqual(in, p.last) {
+		before := p.desired
 		p.desired, p.last = p.desire(in, list), in
+		p.renewed = p.renewed || !p.desired.sameKernel(before)
 	}
 	want := p.desired
 	plan := Plan{
 		Self: want.self, Uplink: in.uplink, Info: want.info, Peers: want.peers, Unpublished: want.unsaid, Stale: stale,
+		Nodes: len(want.nodes), Refused: want.refused,
 	}
 	plan.Problems = append(plan.Problems, list.Problems...)
 	plan.Problems = append(plan.Problems, want.problems...)
@@ -147,6 +158,9 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	if err != nil {
 		return Plan{}, fmt.Errorf("reading the kernel's network state: %w", err)
 	}
+	for _, drop := range rules.Drops {
+		plan.Problems = append(plan.Problems, subnet.Problem{Node: in.node.Name, Kind: subnet.KindPods, Text: drop})
+	}
 	ops, problems := backend.Diff(want.state, have)
 	plan.Ops = append(masq.Diff(want.filter, rules), ops...)
 	for _, pr := range problems {
@@ -155,6 +169,8 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		}
 		plan.Problems = append(plan.Problems, pr)
 	}
+	plan.Barred = want.barred(problems, have.Strangers)
+	plan.Again, p.renewed = !p.renewed, false
 	plan.Grown, p.grown = p.grown, nil
 	plan.Wanted = want.state.Len() + want.filter.Len()
 	plan.Found = have.Len() + rules.Len()
@@ -220,43 +236,48 @@ func (p *Planner) place(ctx context.Context, ifaces []backend.Interface) (subnet
 	if err := p.Config.CheckAddrs(slices.Concat(held, up.Addrs)); err != nil {
 		return node, up, &Waiting{For: err.Error(), Reason: reasonOverlap}
 	}
+	if p.Config.Backend.direct() {
+		up.Segment = backend.NewSegment(ifaces, up)
+	}
 	return node, up, nil
 }
 
 // desire says what the kernel should hold. It is a function of its arguments and the configuration.
 func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
-	vx := vxlan.Config{
-		Node: in.node.Name, VNI: p.Config.Backend.VNI, Port: p.Config.Backend.Port, MTU: p.Config.Backend.MTU,
-		NoTxChecksum: p.Config.Backend.ChecksumOffload == "off", Underlay: family(in.uplink.Local),
-	}
-	d.self = own(in, vx.Data())
-	rules := subnet.Rules{Network: p.Config.Network, ExactLength: in.node.Leased, Judge: vx.Judge}
+	w := p.Config.way(in.node.Name, in.uplink)
+	d.self = own(in, w)
+	rules := subnet.Rules{Network: p.Config.Network, ExactLength: in.node.Leased, Judge: w.judge}
 	peers := d.settle(in.node.Name, rules, list.Leases)
 
 	d.info = podnet.NodeInfo{
 		Node: in.node.Name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
-		Bridge: BridgeName, Device: vxlan.DeviceName(vx.VNI), MTU: vx.DeviceMTU(in.uplink),
+		Bridge: BridgeName, Device: w.device, MTU: w.mtu,
 	}
 	for _, s := range in.node.Subnets {
 		d.info.Gateways = append(d.info.Gateways, bridge.Gateway(s))
 	}
 	served := slices.Concat(in.node.Subnets, in.former)
+	reach, far := w.desired(d.self, peers)
+	d.problems = append(d.problems, far...)
 	d.state = backend.Merge(
 		bridge.Config{Name: BridgeName, Node: in.node.Name, MTU: d.info.MTU}.Desired(served),
 		acceptAdvertised(in.advertised),
-		vx.Desired(d.self, peers, in.uplink),
+		reach,
 	)
-	d.filter = masq.Config{Network: p.Config.Network, Subnets: served, Port: vx.Port}.Desired()
+	d.filter = masq.Config{
+		Form: p.Config.PacketFilter, Network: p.Config.Network, Subnets: served, Port: w.port,
+		NonMasquerade: p.Config.NonMasquerade,
+	}.Desired()
 	d.warn(in)
 	return d
 }
 
 // own makes the leases that this node publishes.
-func own(in inputs, data json.RawMessage) (own []subnet.Lease) {
+func own(in inputs, w way) (own []subnet.Lease) {
 	for _, s := range in.node.Subnets {
 		own = append(own, subnet.Lease{
 			Node: in.node.Name, Subnet: s, Host: in.uplink.Addrs[0], NodeAddrs: in.uplink.Addrs,
-			Accepts: in.network.Prefixes(), Backend: vxlan.Name, Data: data, Since: in.node.Since,
+			Accepts: in.network.Prefixes(), Backend: w.backend, Data: w.data, Since: in.node.Since,
 		})
 	}
 	return own
@@ -273,7 +294,11 @@ func (d *desired) settle(self string, rules subnet.Rules, listed []subnet.Lease)
 		}
 	}
 	peers, problems := subnet.Settle(self, rules, leases)
-	d.peers, d.problems = len(peers), problems
+	d.peers, d.problems, d.refused = len(peers), problems, len(leases)-len(d.self)-len(peers)
+	for _, l := range peers {
+		d.nodes = append(d.nodes, l.Node)
+	}
+	d.nodes = slices.Compact(d.nodes) // peers are sorted by node
 	return peers
 }
 

@@ -28,11 +28,14 @@ const (
 type Reconciler struct {
 	// Announcer may be set before the first pass; nil where no operator would look.
 	Announcer Announcer
+	// MetricsAddress may be set before Run, to a HOST:PORT that CheckMetricsAddress takes; empty for none.
+	MetricsAddress string
 
 	planner *Planner
 	cni     CNIConf
 	log     *slog.Logger
 	version string
+	meter   *meter
 
 	bell    chan struct{}
 	publish chan []subnet.Lease // holds at most the latest
@@ -57,6 +60,7 @@ func NewReconciler(p *Planner, cni CNIConf, version string, log *slog.Logger) *R
 	}
 	r.report.Store(&Report{Version: version, Waiting: "starting"})
 	r.passed.Store(time.Now().UnixNano())
+	r.meter = newMeter(r)
 	return r
 }
 
@@ -94,6 +98,7 @@ func (r *Reconciler) Passes(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		r.meter.note(rep)
 		logChange(r.log, *r.report.Load(), rep)
 		r.report.Store(&rep)
 		r.passed.Store(time.Now().UnixNano())
@@ -129,7 +134,7 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 		}
 	}
 	res := apply(ctx, r.planner.Kernel, plan.Ops)
-	rep.Done, rep.Failed, rep.Skipped = res.done, res.failed, res.skipped
+	rep.count(plan, res, r.report.Load().owed)
 	rep.Peers, rep.Wanted, rep.Found = plan.Peers, plan.Wanted, plan.Found
 	rep.Problems = append(append([]subnet.Problem{}, plan.Problems...), res.problems...)
 	rep.Converged = !plan.Blocked && !res.blocked && ctx.Err() == nil
@@ -238,11 +243,11 @@ func (r *Reconciler) isUplink(dev string) bool {
 	return devs == nil || slices.Contains(*devs, dev)
 }
 
-// result counts what came of a plan's operations.
+// result is what came of a plan's operations.
 type result struct {
-	done, failed, skipped int
-	problems              []subnet.Problem
-	blocked               bool // an operation for this node itself failed
+	of       []string // done, failed or skipped: of each operation that there was time for
+	problems []subnet.Problem
+	blocked  bool // an operation for this node itself failed
 }
 
 // apply makes the changes in order. A failed one keeps back only what hangs on the same link.
@@ -255,15 +260,15 @@ func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 			return res
 		}
 		if missing[backend.Device(op.What)] {
-			res.skipped++
+			res.of = append(res.of, skipped)
 			continue
 		}
 		err := k.Apply(ctx, op)
 		if err == nil {
-			res.done++
+			res.of = append(res.of, done)
 			continue
 		}
-		res.failed++
+		res.of = append(res.of, failed)
 		res.blocked = res.blocked || op.Peer == ""
 		res.problems = append(res.problems, subnet.Problem{
 			Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/kernel"
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
@@ -137,6 +139,7 @@ func newNode(t testing.TB) *node {
 func (n *node) step(t testing.TB) Report {
 	t.Helper()
 	rep := n.pass(t.Context())
+	n.meter.note(rep)
 	n.report.Store(&rep)
 	select {
 	case leases := <-n.publish:
@@ -477,4 +480,23 @@ func hasProblem(rep Report, node, text string) bool {
 		}
 	}
 	return false
+}
+
+// droppy is a host where something out of reach drops packets of pods.
+type droppy struct{ Kernel }
+
+func (d droppy) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Ruleset, error) {
+	have, err := d.Kernel.ObserveFilter(ctx, want)
+	have.Drops = []string{"chain forward of table inet fw drops"}
+	return have, err
+}
+
+func TestWhatDropsPacketsOfPodsIsToldOnTheNode(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set()
+	n.planner.Kernel = droppy{n.kern}
+	want := subnet.Problem{Node: "n1", Kind: subnet.KindPods, Text: "chain forward of table inet fw drops"}
+	if rep := n.step(t); !slices.Contains(rep.Problems, want) || !rep.Converged {
+		t.Errorf("%+v", rep)
+	}
 }

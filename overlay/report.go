@@ -3,6 +3,7 @@ package overlay
 import (
 	"errors"
 	"log/slog"
+	"net/netip"
 	"time"
 
 	"tweed.dev/tweed/subnet"
@@ -27,6 +28,8 @@ type Report struct {
 	Done    int `json:"done"`
 	Failed  int `json:"failed"`
 	Skipped int `json:"skipped"`
+	// Drift counts those of Done that repaired what somebody else had changed.
+	Drift int `json:"drift"`
 	// Problems holds what is wrong, on this node and with others.
 	Problems []subnet.Problem `json:"problems"`
 	// TookMs is the duration of the pass in milliseconds.
@@ -34,6 +37,17 @@ type Report struct {
 
 	node string // this node's name, as far as known
 	lack lack
+
+	census census
+	tally  *tally          // nil where no pass could be made
+	owed   map[string]bool // commands that were needed for the first time, and have not been done since
+}
+
+// A census is what a pass counted beside, for the metrics.
+type census struct {
+	own, refused      int // leases: of this node, and of others that are not in force
+	nodes, programmed int // other nodes that are to be reached, and that the kernel leads to
+	subnets           []netip.Prefix
 }
 
 // A lack is what keeps this node from being planned for, or from having a lease.
@@ -42,9 +56,33 @@ type lack struct {
 	noLease bool // no lease of this node stands
 }
 
+// count takes in what came of a plan's operations; owed is that of the report before.
+func (r *Report) count(plan Plan, res result, owed map[string]bool) {
+	t, owes := res.tally(plan, owed)
+	for o, n := range t.ops {
+		switch o.result {
+		case done:
+			r.Done += n
+		case failed:
+			r.Failed += n
+		case skipped:
+			r.Skipped += n
+		}
+	}
+	for _, n := range t.drift {
+		r.Drift += n
+	}
+	r.tally, r.owed = &t, owes
+	r.census = census{
+		own: len(plan.Self), refused: plan.Refused, nodes: plan.Nodes, programmed: res.programmed(plan),
+		subnets: plan.Info.Subnets,
+	}
+}
+
 // without is the report of a pass that could not be made because of err: what is known besides stays as it was.
 func (r Report) without(err error) Report {
-	r.Done, r.Failed, r.Skipped, r.Converged, r.Waiting = 0, 0, 0, false, err.Error()
+	r.Done, r.Failed, r.Skipped, r.Drift, r.Converged, r.Waiting = 0, 0, 0, 0, false, err.Error()
+	r.tally = nil
 	var w Waiting
 	if errors.As(err, &w) {
 		r.lack = lack{}

@@ -36,6 +36,9 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	}
 	g.Go(func() error { return r.Sweep(ctx) })
 	g.Go(func() error { return r.Serve(ctx) })
+	if r.MetricsAddress != "" {
+		g.Go(func() error { return r.ServeMetrics(ctx) })
+	}
 	return g.Wait()
 }
 
@@ -58,30 +61,55 @@ func (r *Reconciler) Sweep(ctx context.Context) error {
 // lock takes the run directory for this process. It waits while another daemon has it, and says so; unlock is nil when
 // ctx ended first.
 func lock(ctx context.Context, runDir string, log *slog.Logger) (unlock func(), err error) {
+	for {
+		f, err := openLock(runDir)
+		if err != nil {
+			return nil, err
+		}
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			log.Warn("another tweed daemon runs on this node; waiting for it to end", "lock", f.Name())
+			locked := make(chan error, 1)
+			go func() { locked <- ignoringInterrupts(func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX) }) }()
+			select {
+			case <-ctx.Done():
+				return nil, nil // the process ends, and with it the waiting
+			case err = <-locked:
+			}
+		}
+		if err != nil {
+			f.Close()
+			return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
+		}
+		if isInPlace(f) {
+			return func() { f.Close() }, nil
+		}
+		f.Close() // a cleanup has removed it meanwhile
+	}
+}
+
+// openLock opens the file whose flock says that somebody is at work on this node's network.
+func openLock(runDir string) (*os.File, error) {
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
 		return nil, fmt.Errorf("making the run directory: %w; --run-dir names another", err)
 	}
-	path := filepath.Join(runDir, "daemon.lock")
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(lockPath(runDir), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening the daemon's lock: %w; --run-dir names another directory", err)
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		log.Warn("another tweed daemon runs on this node; waiting for it to end", "lock", path)
-		locked := make(chan error, 1)
-		go func() { locked <- ignoringInterrupts(func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX) }) }()
-		select {
-		case <-ctx.Done():
-			return nil, nil // the process ends, and with it the waiting
-		case err = <-locked:
-		}
-	}
+	return f, nil
+}
+
+func lockPath(runDir string) string { return filepath.Join(runDir, podnet.LockName) }
+
+// isInPlace reports whether a file still has the name that it was opened by.
+func isInPlace(f *os.File) bool {
+	here, err := f.Stat()
 	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("locking %s: %w", path, err)
+		return false
 	}
-	return func() { f.Close() }, nil
+	there, err := os.Lstat(f.Name())
+	return err == nil && os.SameFile(here, there)
 }
 
 // ignoringInterrupts calls f until it ends with anything but EINTR.

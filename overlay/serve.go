@@ -11,7 +11,7 @@ import (
 	"tweed.dev/tweed/subnet"
 )
 
-// Port is where the daemon answers on 127.0.0.1: /healthz, /readyz, /report and /leases.
+// Port is where the daemon answers on 127.0.0.1: /healthz, /readyz, /report, /leases and /metrics.
 const Port = 9479
 
 // stuck is the time without a finished pass after which the daemon counts as stuck: the slow timer alone asks for one
@@ -20,19 +20,13 @@ const stuck = 4 * slow
 
 // Serve answers on 127.0.0.1 until ctx ends.
 func (r *Reconciler) Serve(ctx context.Context) error {
-	srv := &http.Server{Handler: r.handler(), ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second}
 	addr := fmt.Sprintf("127.0.0.1:%d", Port)
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
-		return fmt.Errorf("opening %s for /healthz, /readyz, /report and /leases: %w; end the process that holds it",
-			addr, err)
+		return fmt.Errorf("opening %s for /healthz, /readyz, /report, /leases and /metrics: %w; end the process that "+
+			"holds it", addr, err)
 	}
-	stop := context.AfterFunc(ctx, func() { srv.Close() })
-	defer stop()
-	if err := srv.Serve(ln); ctx.Err() == nil {
-		return err
-	}
-	return nil
+	return serve(ctx, ln, r.handler())
 }
 
 func (r *Reconciler) handler() http.Handler {
@@ -41,6 +35,7 @@ func (r *Reconciler) handler() http.Handler {
 	mux.HandleFunc("GET /readyz", r.readyz)
 	mux.HandleFunc("GET /report", r.serveReport)
 	mux.HandleFunc("GET /leases", r.serveLeases)
+	mux.Handle("GET /metrics", r.meter.handler())
 	return mux
 }
 

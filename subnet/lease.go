@@ -27,12 +27,22 @@ type Lease struct {
 	// Accepts are the pod networks in which the node accepts other nodes' leases, at most one a family. None is that of
 	// a daemon which does not say so yet: it accepts them all.
 	Accepts []netip.Prefix `json:"accepts,omitempty"`
-	// Backend names how packets reach the node: "vxlan".
+	// Backend names how packets reach the node: "vxlan" or "host-gw".
 	Backend string `json:"backend"`
 	// Data is what that backend needs to know to reach it, in the backend's own JSON.
 	Data json.RawMessage `json:"backendData"`
 	// Since is when the node joined the cluster. Of two leases that exclude each other the older one stands.
 	Since time.Time `json:"since"`
+}
+
+// NodeAddr is the node's published address of the family of Subnet; invalid where it has none.
+func (l Lease) NodeAddr() netip.Addr {
+	for _, a := range l.NodeAddrs {
+		if sameFamily(a, l.Subnet.Addr()) {
+			return a
+		}
+	}
+	return netip.Addr{}
 }
 
 // Equal reports whether l and m claim the same thing in the same words.
@@ -63,6 +73,13 @@ const (
 	KindPods       = "pods"       // something on this node keeps pods from working
 	KindConfig     = "config"     // this node's configuration has changed, and cannot come into force
 )
+
+// Kinds lists the kinds of Problem.
+func Kinds() []string {
+	return []string{
+		KindAnnotation, KindLease, KindConflict, KindStranger, KindKernel, KindPublish, KindPods, KindConfig,
+	}
+}
 
 func (p Problem) String() string { return p.Node + ": " + p.Text }
 

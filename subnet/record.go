@@ -18,7 +18,7 @@ import (
 type Record struct {
 	Subnets string // 10.244.3.0/24,fd00:10:244:3::/64: at most one a family
 	Host    string // 192.0.2.13,2001:db8::13: the tunnel endpoint, then, if any, one address of the other family
-	Backend string // vxlan
+	Backend string // vxlan or host-gw
 	Data    string // a JSON object that the backend understands
 	Network string // 10.244.0.0/16,fd00:10:244::/48: where the node accepts others' leases, at most one a family
 	Sources string // 192.0.2.99,...: further addresses that encapsulated packets come from; set by an operator

@@ -22,7 +22,7 @@ func (k *Kernel) applyLink(do backend.Verb, l backend.Link, was backend.Object) 
 	if err != nil {
 		return err
 	}
-	if !now.ours() {
+	if now.group != backend.Owner || !now.is(l.Type) {
 		return fmt.Errorf("%s is not ours any more (%s, group %d)", l.Name, kindName(now), now.group)
 	}
 	if do == backend.Delete {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend/masq"
 )
 
 // cpu reports, beside the wall clock, which a busy machine stretches, the time that processors worked for an operation.
@@ -25,17 +26,29 @@ func cpu(b *testing.B) func() {
 	return func() { b.ReportMetric(float64((used()-before).Microseconds())/1000/float64(b.N), "cpu-ms/op") }
 }
 
-// Reading the packet filter anew: a process for each of eight chains.
+// Reading the packet filter anew: a process for each of ten chains, or netlink.
 func BenchmarkFilterRead(b *testing.B) {
+	for _, form := range []masq.Form{masq.IPTables, masq.NFTables} {
+		b.Run(string(form), func(b *testing.B) { benchmarkFilterRead(b, form, true) })
+	}
+}
+
+// At rest only the generation of nftables is asked for.
+func BenchmarkFilterAtRest(b *testing.B) { benchmarkFilterRead(b, masq.NFTables, false) }
+
+func benchmarkFilterRead(b *testing.B, form masq.Form, changed bool) {
 	h := newRealHost(b)
 	for _, family := range []string{"iptables", "ip6tables"} {
 		h.ns.Run(b, family+" -t nat -A POSTROUTING -j RETURN")
 	}
-	want := dualStackFilter(b)
+	want := dualStack(b, form).Desired()
 	h.ns.Do(b, func() {
 		defer cpu(b)()
 		for b.Loop() {
-			h.filter.changes.Add(1)
+			if changed {
+				h.filter.changes.Add(1)
+				h.nft.seen = nil
+			}
 			if _, err := h.Kernel.ObserveFilter(context.Background(), want); err != nil {
 				b.Error(err)
 			}

@@ -27,6 +27,8 @@ type host interface {
 	Observe(context.Context, backend.State) (backend.Observed, error)
 	Apply(context.Context, backend.Op) error
 	ObserveFilter(context.Context, masq.Ruleset) (masq.Ruleset, error)
+	ObserveAll(context.Context) (backend.State, error)
+	ObserveAllFilters(context.Context) (masq.Ruleset, error)
 	Interfaces(context.Context) ([]backend.Interface, error)
 	RouterAdvertised(context.Context) ([]string, error)
 	RouteTo(context.Context, netip.Addr) (backend.Path, error)
@@ -36,6 +38,7 @@ type host interface {
 	deleteUplink()
 	addStranger(backend.Object)
 	byHand(backend.Op)
+	dropForwarded() // by the policy of FORWARD, in both families
 }
 
 const (
@@ -199,7 +202,11 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"EventsRing", askEvents},
 		{"InterfacesAreListed", askInterfaces},
 		{"RouteIsLookedUp", askRouteTo},
+		{"SegmentFollowsRoutes", askSegment},
+		{"PlainRouteTakesTheTunnelsPlace", askPlainRoute},
 		{"FilterIsKept", askFilter},
+		{"FilterChangesItsForm", askForms},
+		{"AllThatIsOursIsFound", askAll},
 	} {
 		t.Run(question.name, func(t *testing.T) { question.ask(t, newHost(t)) })
 	}
@@ -624,17 +631,31 @@ func askInterfaces(t *testing.T, h host) {
 }
 
 func askFilter(t *testing.T, h host) {
-	network, err := subnet.NewNetwork(subnet.Range{Prefix: netip.MustParsePrefix("10.244.0.0/16")},
-		subnet.Range{Prefix: netip.MustParsePrefix("fd00:10:244::/48")})
-	if err != nil {
-		t.Fatal(err)
+	for _, form := range []masq.Form{masq.IPTables, masq.NFTables} {
+		c := dualStack(t, form)
+		filterPass(t, h, c.Desired())
+		c.Subnets[0] = netip.MustParsePrefix("10.244.9.0/24")
+		c.NonMasquerade = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("::/0")}
+		filterPass(t, h, c.Desired())
+		h.dropForwarded()
+		filterPass(t, h, c.Desired())
+		filterPass(t, h, masq.Ruleset{})
 	}
-	c := masq.Config{Network: network, Port: 8472,
-		Subnets: []netip.Prefix{netip.MustParsePrefix("10.244.3.0/24"), netip.MustParsePrefix("fd00:10:244:3::/64")}}
-	filterPass(t, h, c.Desired())
-	c.Subnets[0] = netip.MustParsePrefix("10.244.9.0/24")
-	filterPass(t, h, c.Desired())
-	filterPass(t, h, masq.Ruleset{})
+}
+
+func askForms(t *testing.T, h host) {
+	h.dropForwarded()
+	for _, form := range []masq.Form{masq.NFTables, masq.IPTables, masq.NFTables, masq.IPTables} {
+		filterPass(t, h, dualStack(t, form).Desired())
+		other := map[masq.Form]masq.Form{masq.IPTables: masq.NFTables, masq.NFTables: masq.IPTables}[form]
+		have, err := h.ObserveFilter(t.Context(), masq.Ruleset{})
+		if err != nil || !have.Has(form) || have.Has(other) {
+			t.Errorf("with %s: %+v, %v", form, have, err)
+		}
+		if guests := len(have.Guests); (guests > 0) != (form == masq.NFTables) {
+			t.Errorf("with %s, %d guests in FORWARD", form, guests)
+		}
+	}
 }
 
 func filterPass(t *testing.T, h host, want masq.Ruleset) {

@@ -121,11 +121,38 @@ func rival(l backend.Link, links map[string]backend.Link) string {
 
 // ObserveFilter is as in Kernel.
 func (f *Fake) ObserveFilter(ctx context.Context, _ masq.Ruleset) (masq.Ruleset, error) {
+	have, err := f.ObserveAllFilters(ctx)
+	maps.DeleteFunc(have.Chains, func(c masq.Chain, _ []masq.Rule) bool { return c.Variant != "" })
+	maps.DeleteFunc(have.Jumps, func(j masq.Jump, _ bool) bool { return j.Chain.Variant != "" })
+	return have, err
+}
+
+// ObserveAllFilters is as in Kernel, but for the iptables in use, whose variant a Fake does not name.
+func (f *Fake) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	have := f.filter
-	have.Chains, have.Jumps = maps.Clone(have.Chains), maps.Clone(have.Jumps)
+	have.Chains, have.Jumps, have.Tables = maps.Clone(have.Chains), maps.Clone(have.Jumps), maps.Clone(have.Tables)
+	have.Guests, have.Hosts = maps.Clone(have.Guests), maps.Clone(have.Hosts)
 	return have, ctx.Err()
+}
+
+// SetFilterHost gives the packet filter a chain of others that rules of ours can be put in.
+func (f *Fake) SetFilterHost(c masq.Chain, h masq.Host) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.filter.Hosts = maps.Clone(f.filter.Hosts)
+	if f.filter.Hosts == nil {
+		f.filter.Hosts = map[masq.Chain]masq.Host{}
+	}
+	f.filter.Hosts[c] = h
+}
+
+// ObserveAll is as in Kernel. A Fake has no pods.
+func (f *Fake) ObserveAll(ctx context.Context) (backend.State, error) {
+	have, err := f.Observe(ctx, backend.State{})
+	have.Sysctls = nil
+	return have.State, err
 }
 
 // Interfaces is as in Kernel.
@@ -135,13 +162,15 @@ func (f *Fake) Interfaces(ctx context.Context) ([]backend.Interface, error) {
 	var all []backend.Interface
 	for _, name := range slices.Sorted(maps.Keys(f.uplinks)) {
 		i := f.uplinks[name]
-		i.Addrs = slices.Clone(i.Addrs)
+		i.Addrs, i.Ways = slices.Clone(i.Addrs), f.ways(i)
 		all = append(all, i)
 	}
 	for _, links := range []map[string]backend.Link{f.own.Links, f.others.Links} {
 		for _, name := range slices.Sorted(maps.Keys(links)) {
 			_, ours := f.own.Links[name]
-			all = append(all, backend.Interface{Name: name, MTU: links[name].MTU, Up: links[name].Up, Ours: ours})
+			i := backend.Interface{Name: name, MTU: links[name].MTU, Up: links[name].Up, Ours: ours}
+			i.Ways = f.ways(i)
+			all = append(all, i)
 		}
 	}
 	return all, ctx.Err()

@@ -55,6 +55,37 @@ func (f *Fake) routes() []backend.Route {
 	return slices.AppendSeq(all, maps.Values(f.own.Routes))
 }
 
+// ways are the interface's own, those to the networks of its addresses, and those of other people's routes.
+func (f *Fake) ways(i backend.Interface) []backend.Way {
+	ways := slices.Clone(i.Ways)
+	for _, p := range i.Addrs {
+		switch {
+		case !i.Up:
+		case p.Addr().Is6():
+			ways = append(ways, backend.Way{Dst: p.Masked(), Metric: prefixMetric6})
+		case !p.IsSingleIP():
+			ways = append(ways, backend.Way{Dst: p.Masked()})
+		}
+	}
+	near := func(dst netip.Prefix) bool {
+		for _, i := range f.uplinks {
+			if slices.ContainsFunc(i.Addrs, func(p netip.Prefix) bool { return isNear(p, dst) }) {
+				return true
+			}
+		}
+		return false
+	}
+	for _, r := range f.others.Routes {
+		if r.Dev == i.Name && r.Table == backend.MainTable && (!r.Via.IsValid() || near(r.Dst)) {
+			ways = append(ways, backend.Way{Dst: r.Dst, Metric: r.Metric, Router: r.Via.IsValid()})
+		}
+	}
+	return ways
+}
+
+// prefixMetric6 is the metric of the route that the kernel adds for an IPv6 address (IP6_RT_PRIO_ADDRCONF).
+const prefixMetric6 = 256
+
 // sourceOn is the first address on dev of the family of addr.
 func (f *Fake) sourceOn(dev string, addr netip.Addr) netip.Addr {
 	for _, p := range f.uplinks[dev].Addrs {

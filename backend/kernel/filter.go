@@ -29,9 +29,10 @@ const (
 	hint = "KUBE-IPTABLES-HINT"
 )
 
-// A filter is the packet filter, and what was last read of it. Reading starts a process for each chain, so at rest it
+// A filter is the packet filter by way of iptables, and what was last read of it. Reading starts a process for each chain, so at rest it
 // is not read.
 type filter struct {
+	variant  masq.Variant  // of iptables, where one is meant
 	changes  atomic.Uint64 // how often the packet filter changed, or may have
 	watchers atomic.Int32  // how many tell of changes
 
@@ -39,6 +40,7 @@ type filter struct {
 	tables map[masq.Family]*iptables.IPTables
 	legacy bool
 	seen   *reading // nil before the first
+	clean  bool     // nothing of ours was there when it was read last
 }
 
 // A reading is what iptables printed.
@@ -49,18 +51,101 @@ type reading struct {
 	exists  map[masq.Entry]bool     // whether iptables takes a rule for there that it spells otherwise
 }
 
-// ObserveFilter reads what the packet filter holds of ours: the chains of package masq, and the jumps into them that
-// packets get to. A rule reads as the one in want that it is, or as an unknown one.
+// A form is one way in which this host's packet filter is read and written.
+type form interface {
+	// observe adds to have what the packet filter holds of ours in this form.
+	observe(ctx context.Context, want masq.Ruleset, have *masq.Ruleset) error
+	apply(op backend.Op) error
+}
+
+// ObserveFilter reads what the packet filter holds of ours, in whichever form: the chains of package masq, and the ways
+// into them that packets get to. A rule reads as the one in want that it is, or as an unknown one.
 func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Ruleset, error) {
-	f := k.filter
+	have := emptyRuleset()
+	// A kernel without nftables holds nothing in that form.
+	if err := k.nft.observe(ctx, want, &have); err != nil && want.Has(masq.NFTables) {
+		return masq.Ruleset{}, err
+	}
+	if want.Has(masq.IPTables) || k.nft.iptables() || k.filter.mayHoldLegacy() {
+		if err := k.filter.observe(ctx, want, &have); err != nil {
+			return masq.Ruleset{}, err
+		}
+	}
+	return have, nil
+}
+
+// formOf returns what an object of the packet filter is written by.
+func (k *Kernel) formOf(what backend.Object) form {
+	var c masq.Chain
+	switch o := what.(type) {
+	case masq.Chain:
+		c = o
+	case masq.Jump:
+		c = o.Chain
+	case masq.Entry:
+		c = o.Chain
+	default: // tables and guests
+		return k.nft
+	}
+	if c.Form() == masq.NFTables {
+		return k.nft
+	}
+	return k.iptables(c.Variant)
+}
+
+// iptables returns the packet filter of one variant of iptables.
+func (k *Kernel) iptables(v masq.Variant) *filter {
+	if v == "" {
+		return k.filter
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.variants == nil {
+		k.variants = map[masq.Variant]*filter{}
+	}
+	if k.variants[v] == nil {
+		k.variants[v] = &filter{variant: v}
+	}
+	return k.variants[v]
+}
+
+func emptyRuleset() masq.Ruleset {
+	return masq.Ruleset{
+		Tables: map[masq.Table]bool{}, Chains: map[masq.Chain][]masq.Rule{}, Jumps: map[masq.Jump]bool{},
+		Guests: map[masq.Guest]uint64{}, Hosts: map[masq.Chain]masq.Host{}, Handles: map[masq.Chain][]uint64{},
+	}
+}
+
+func (f *filter) observe(ctx context.Context, want masq.Ruleset, have *masq.Ruleset) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if !f.fresh() {
 		if err := f.read(ctx, want); err != nil {
-			return masq.Ruleset{}, err
+			return err
 		}
 	}
-	return f.translate(want)
+	before := len(have.Chains)
+	err := f.translate(want, have)
+	f.clean = len(have.Chains) == before
+	return err
+}
+
+// mayHoldLegacy reports whether the older form of iptables may hold something of ours: it has tables, and was not read
+// and found without since this process began.
+func (f *filter) mayHoldLegacy() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return !f.clean && hasLegacyTables()
+}
+
+// hasLegacyTables reports whether this network namespace has a table of the older form that chains of ours may be in.
+func hasLegacyTables() bool {
+	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+		if hasLegacy(family, masq.FilterTable) || hasLegacy(family, masq.NatTable) {
+			return true
+		}
+	}
+	return false
 }
 
 // heard notes a change that the kernel tells of.
@@ -86,7 +171,10 @@ func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 	if family == masq.IPv6 {
 		proto = iptables.ProtocolIPv6
 	}
-	name := command(family)
+	name := f.variant.Command(family)
+	if f.variant == "" {
+		name = command(family)
+	}
 	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(lockWait), iptables.Path(name))
 	if errors.Is(err, exec.ErrNotFound) {
 		return nil, fmt.Errorf("the program %s is not here; install Debian's package iptables, or what holds it: %w",
@@ -111,11 +199,11 @@ func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 // xtables-legacy(8)). It is the one in which the kubelet made its hint; without a hint, the one that the host or the
 // image calls iptables.
 func command(family masq.Family) string {
-	nft, legacy := family.Command()+"-nft", family.Command()+"-legacy"
+	nft, legacy := masq.NFT.Command(family), masq.Legacy.Command(family)
 	switch {
 	case hinted(nft):
 		return nft
-	case hasLegacyMangle(family) && hinted(legacy): // to look for a chain would make the table
+	case hasLegacy(family, "mangle") && hinted(legacy): // to look for a chain would make the table
 		return legacy
 	}
 	return family.Command()
@@ -125,30 +213,37 @@ func hinted(command string) bool {
 	return exec.Command(command, "-w", strconv.Itoa(lockWait), "-t", "mangle", "-S", hint).Run() == nil
 }
 
-// hasLegacyMangle reports whether this network namespace has a table mangle of the older form.
-func hasLegacyMangle(family masq.Family) bool {
+// hasLegacy reports whether this network namespace has a table of the older form of iptables.
+func hasLegacy(family masq.Family, table string) bool {
 	name := "/proc/thread-self/net/ip_tables_names"
 	if family == masq.IPv6 {
 		name = "/proc/thread-self/net/ip6_tables_names"
 	}
 	tables, err := os.ReadFile(name)
-	return err == nil && slices.Contains(strings.Fields(string(tables)), "mangle")
+	return err == nil && slices.Contains(strings.Fields(string(tables)), table)
 }
 
-// ways lists our chains of one family with the kernel's chain that each is reached from.
-func ways(family masq.Family) []masq.Jump {
+// ways lists our chains of one family with the chains that each is reached from.
+func ways(family masq.Family, v masq.Variant) []masq.Jump {
+	forward := masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.Forward, Variant: v}
+	postrouting := masq.Chain{Family: family, Table: masq.NatTable, Name: masq.Postrouting, Variant: v}
 	return []masq.Jump{
-		{Chain: masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.Forward}, From: masq.BaseForward},
-		{Chain: masq.Chain{Family: family, Table: masq.NatTable, Name: masq.Postrouting}, From: masq.BasePostrouting},
+		{Chain: forward, From: masq.BaseForward},
+		{Chain: forward, From: masq.DockerUser},
+		{Chain: postrouting, From: masq.BasePostrouting},
+	}
+}
+
+func (f *filter) begin() *reading {
+	return &reading{
+		at: time.Now(), changes: f.changes.Load(),
+		chains: map[masq.Chain][]string{}, exists: map[masq.Entry]bool{},
 	}
 }
 
 // read reads anew. A family that is not wanted, and that this host cannot filter, holds nothing.
 func (f *filter) read(ctx context.Context, want masq.Ruleset) error {
-	now := &reading{
-		at: time.Now(), changes: f.changes.Load(),
-		chains: map[masq.Chain][]string{}, exists: map[masq.Entry]bool{},
-	}
+	now := f.begin()
 	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
 		if err := f.readFamily(ctx, family, now); err != nil && (wanted(want, family) || !cannotFilter(err)) {
 			return err
@@ -160,7 +255,7 @@ func (f *filter) read(ctx context.Context, want masq.Ruleset) error {
 
 func wanted(want masq.Ruleset, family masq.Family) bool {
 	for c := range want.Chains {
-		if c.Family == family {
+		if c.Family == family && c.Form() == masq.IPTables {
 			return true
 		}
 	}
@@ -179,13 +274,19 @@ func (f *filter) readFamily(ctx context.Context, family masq.Family, into *readi
 	if err != nil {
 		return err
 	}
-	for _, way := range ways(family) {
+	for _, way := range ways(family, f.variant) {
+		if f.variant == masq.Legacy && !hasLegacy(family, way.Chain.Table) { // to look would make it
+			continue
+		}
 		for _, c := range []masq.Chain{way.Chain, way.Base()} {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
+			if _, read := into.chains[c]; read {
+				continue // several ways lead to it
+			}
 			lines, err := ipt.List(c.Table, c.Name)
-			if c == way.Chain && isAbsent(err) {
+			if (c == way.Chain || c.Name == masq.DockerUser) && isAbsent(err) {
 				continue
 			}
 			if err != nil {
@@ -222,26 +323,29 @@ func rules(c masq.Chain, lines []string) []string {
 	return out
 }
 
-// translate tells what was read in terms of what is wanted.
-func (f *filter) translate(want masq.Ruleset) (masq.Ruleset, error) {
-	have := masq.Ruleset{
-		Chains: map[masq.Chain][]masq.Rule{}, Jumps: map[masq.Jump]bool{}, Ends: map[masq.Chain]int{},
-	}
+// translate tells what was read in terms of what is wanted. Where iptables is of the older form, its chains are others
+// than those that nftables has by the same names; those of the wanted form count.
+func (f *filter) translate(want masq.Ruleset, have *masq.Ruleset) error {
+	counts := want.Has(masq.IPTables)
 	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
-		for _, way := range ways(family) {
+		for _, way := range ways(family, f.variant) {
 			lines, there := f.seen.chains[way.Chain]
 			if there {
 				rules, err := f.translateRules(way.Chain, want.Chains[way.Chain], lines)
 				if err != nil {
-					return masq.Ruleset{}, err
+					return err
 				}
 				have.Chains[way.Chain] = rules
 			}
 			base := f.seen.chains[way.Base()]
-			end := slices.IndexFunc(base, takesAll)
+			end := slices.IndexFunc(base, func(rule string) bool { ends, _ := takesAll(rule); return ends })
+			host := masq.Host{End: end + 1}
 			if end >= 0 {
-				have.Ends[way.Base()] = end + 1
+				_, host.Harms = takesAll(base[end])
 				base = base[:end]
+			}
+			if counts {
+				have.Hosts[way.Base()] = host
 			}
 			isJump := func(rule string) bool { return unquoted(rule) == strings.Join(way.Args(), " ") }
 			if slices.ContainsFunc(base, isJump) {
@@ -249,7 +353,7 @@ func (f *filter) translate(want masq.Ruleset) (masq.Ruleset, error) {
 			}
 		}
 	}
-	return have, nil
+	return nil
 }
 
 func (f *filter) translateRules(c masq.Chain, want []masq.Rule, lines []string) ([]masq.Rule, error) {
@@ -298,16 +402,20 @@ func (f *filter) isThere(e masq.Entry) (bool, error) {
 // unquoted drops the quotes that some versions of iptables put around every comment.
 func unquoted(rule string) string { return strings.ReplaceAll(rule, `"`, "") }
 
-// takesAll reports whether no packet gets past a rule.
-func takesAll(rule string) bool {
+// takesAll reports whether no packet gets past a rule, and whether it harms those that are stopped there: it drops or
+// translates them.
+func takesAll(rule string) (ends, harms bool) {
 	if strings.HasPrefix(rule, "-m comment --comment ") { // which matches everything
 		if _, after, ok := strings.Cut(rule, " -j "); ok {
 			rule = "-j " + after
 		}
 	}
 	words := strings.Fields(rule)
-	return len(words) > 1 && words[0] == "-j" &&
-		slices.Contains([]string{"ACCEPT", "DROP", "REJECT", "MASQUERADE", "SNAT", "NFQUEUE"}, words[1])
+	if len(words) < 2 || words[0] != "-j" {
+		return false, false
+	}
+	ends, harms, _ = effectOf(words[1])
+	return ends, harms
 }
 
 // apply makes one change. What was read before counts no more, however the change ends.
@@ -334,7 +442,7 @@ func (f *filter) applyChain(do backend.Verb, c masq.Chain) error {
 	if do != backend.Delete {
 		return explainFilter(ipt.NewChain(c.Table, c.Name))
 	}
-	for _, way := range ways(c.Family) {
+	for _, way := range ways(c.Family, f.variant) {
 		if way.Chain == c { // a jump that packets do not get to is not ours to see, but holds the chain
 			if err := deleteJumps(ipt, way); err != nil {
 				return err

@@ -2,6 +2,8 @@ package kernel
 
 import (
 	"bytes"
+	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -9,7 +11,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
+	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/kernel/netnstest"
 	"tweed.dev/tweed/backend/masq"
@@ -34,7 +38,7 @@ func runBatch(t testing.TB, ns *netnstest.NS, program, commands string) {
 	}
 }
 
-func dualStackFilter(t testing.TB) masq.Ruleset {
+func dualStack(t testing.TB, form masq.Form) masq.Config {
 	t.Helper()
 	network, err := subnet.NewNetwork(subnet.Range{Prefix: netip.MustParsePrefix("10.244.0.0/16")},
 		subnet.Range{Prefix: netip.MustParsePrefix("fd00:10:244::/48")})
@@ -42,13 +46,23 @@ func dualStackFilter(t testing.TB) masq.Ruleset {
 		t.Fatal(err)
 	}
 	own := []netip.Prefix{netip.MustParsePrefix("10.244.3.0/24"), netip.MustParsePrefix("fd00:10:244:3::/64")}
-	return masq.Config{Network: network, Subnets: own, Port: 8472}.Desired()
+	return masq.Config{Form: form, Network: network, Subnets: own, Port: 8472}
+}
+
+func dualStackFilter(t testing.TB) masq.Ruleset { return dualStack(t, masq.IPTables).Desired() }
+
+// inEachForm runs a test with the packet filter in each form.
+func inEachForm(t *testing.T, test func(t *testing.T, form masq.Form)) {
+	for _, form := range []masq.Form{masq.IPTables, masq.NFTables} {
+		t.Run(string(form), func(t *testing.T) { test(t, form) })
+	}
 }
 
 // outside hangs a namespace on the host's uplink, with 192.0.2.1 and 2001:db8::1.
 func outside(t *testing.T, h *realHost) *netnstest.NS {
 	world := netnstest.New(t)
 	h.ns.Run(t, "ip link set wire netns "+world.Path())
+	h.ns.Run(t, "sysctl -w net/ipv6/conf/all/forwarding=1")
 	for _, c := range []string{
 		"ip link set wire up", "ip addr add 192.0.2.1/24 dev wire", "ip addr add 2001:db8::1/64 dev wire nodad",
 		"ip route add 10.244.3.0/24 via 192.0.2.11", "ip route add fd00:10:244:3::/64 via 2001:db8::11",
@@ -58,97 +72,155 @@ func outside(t *testing.T, h *realHost) *netnstest.NS {
 	return world
 }
 
-// seenAs returns the source address that a UDP packet from one namespace has when it gets to an address in another.
-func seenAs(t *testing.T, from, to *netnstest.NS, addr string) netip.Addr {
+// A hop is a UDP packet from one namespace to an address in another, and back.
+type hop struct {
+	what     string
+	from, to *netnstest.NS
+	addr     string // where to
+	source   string // what the sender binds to, if anything
+	as       string // the source address that the receiver is to see
+}
+
+// seenAs returns the source that a hop's packet has when it arrives. The answer has to arrive as well.
+func (h hop) seenAs(t *testing.T) netip.AddrPort {
 	t.Helper()
-	family, sa := syscall.AF_INET6, syscall.Sockaddr(&syscall.SockaddrInet6{Port: 5000})
-	target := netip.MustParseAddr(addr)
-	send := syscall.Sockaddr(&syscall.SockaddrInet6{Port: 5000, Addr: target.As16()})
-	if target.Is4() {
-		family, sa = syscall.AF_INET, &syscall.SockaddrInet4{Port: 5000}
-		send = &syscall.SockaddrInet4{Port: 5000, Addr: target.As4()}
-	}
-	var server int
+	target := netip.MustParseAddr(h.addr)
+	server, client := bound(t, h.to, netip.AddrPortFrom(target, 5000)), bound(t, h.from, h.sender(target))
+	defer server.Close()
+	defer client.Close()
+	buf := make([]byte, 100)
+	var source netip.AddrPort
 	var err error
-	to.Do(t, func() {
-		if server, err = syscall.Socket(family, syscall.SOCK_DGRAM, 0); err == nil {
-			err = syscall.Bind(server, sa)
-		}
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer syscall.Close(server)
-	wait := syscall.Timeval{Sec: 1}
-	if err := syscall.SetsockoptTimeval(server, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &wait); err != nil {
-		t.Fatal(err)
-	}
-	var source syscall.Sockaddr
 	for range 20 { // addresses and neighbours of a new namespace take a moment
-		from.Do(t, func() {
-			var fd int
-			if fd, err = syscall.Socket(family, syscall.SOCK_DGRAM, 0); err == nil {
-				defer syscall.Close(fd)
-				err = syscall.Sendto(fd, []byte("who am I"), 0, send)
-			}
-		})
-		if err == nil {
-			_, source, err = syscall.Recvfrom(server, make([]byte, 100), 0)
+		if _, err = client.WriteToUDPAddrPort([]byte("who am I"), netip.AddrPortFrom(target, 5000)); err != nil {
+			continue
 		}
-		if err == nil {
-			break
+		wait(server, client)
+		if _, source, err = server.ReadFromUDPAddrPort(buf); err != nil {
+			continue
+		}
+		if _, err = server.WriteToUDPAddrPort([]byte(source.String()), source); err != nil {
+			continue
+		}
+		if _, _, err = client.ReadFromUDPAddrPort(buf); err == nil {
+			return source
 		}
 	}
-	if err != nil {
-		t.Errorf("nothing arrived at %s: %v", addr, err)
-		return netip.Addr{}
+	t.Errorf("%s: %s is seen as %s: %v", h.what, h.addr, source, err)
+	return source
+}
+
+func (h hop) sender(target netip.Addr) netip.AddrPort {
+	addr := netip.IPv4Unspecified()
+	if target.Is6() {
+		addr = netip.IPv6Unspecified()
 	}
-	if v4, ok := source.(*syscall.SockaddrInet4); ok {
-		return netip.AddrFrom4(v4.Addr)
+	if h.source != "" {
+		addr = netip.MustParseAddr(h.source)
 	}
-	return netip.AddrFrom16(source.(*syscall.SockaddrInet6).Addr)
+	return netip.AddrPortFrom(addr, 0)
+}
+
+func (h hop) check(t *testing.T) {
+	t.Helper()
+	if got := h.seenAs(t).Addr(); got.String() != h.as {
+		t.Errorf("%s: %s is seen as %s, want %s", h.what, h.addr, got, h.as)
+	}
+}
+
+// bound opens a UDP socket in a namespace.
+func bound(t testing.TB, ns *netnstest.NS, at netip.AddrPort) (c *net.UDPConn) {
+	t.Helper()
+	network := "udp4"
+	if at.Addr().Is6() {
+		network = "udp6"
+	}
+	var err error
+	for range 20 { // an address that is new may still be tried out
+		ns.Do(t, func() { c, err = net.ListenUDP(network, net.UDPAddrFromAddrPort(at)) })
+		if err == nil {
+			return c
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Fatal(err)
+	return nil
+}
+
+func wait(sockets ...*net.UDPConn) {
+	for _, c := range sockets {
+		_ = c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+	}
+}
+
+// inBoth runs commands of iptables for both families.
+func inBoth(t *testing.T, h *realHost, rules ...string) {
+	t.Helper()
+	for _, r := range rules {
+		h.ns.Run(t, "iptables "+r)
+		h.ns.Run(t, "ip6tables "+r)
+	}
+}
+
+// dockers are the rules that Docker begins with, and its policy.
+var dockers = []string{
+	"-P FORWARD DROP", "-N DOCKER-USER", "-N DOCKER-FORWARD", "-A FORWARD -j DOCKER-USER", "-A FORWARD -j DOCKER-FORWARD",
+	"-A DOCKER-FORWARD -i docker0 -j ACCEPT",
 }
 
 // Pods reach each other and the world on a host that forwards nothing by itself.
-func TestForwardPolicyDrop(t *testing.T) {
+func TestForwardingIsDropped(t *testing.T) {
+	for what, drop := range map[string]func(*testing.T, *realHost){
+		"iptables": func(t *testing.T, h *realHost) { inBoth(t, h, "-P FORWARD DROP") },
+		"nft": func(t *testing.T, h *realHost) {
+			for _, family := range []string{"ip", "ip6"} {
+				shell(t, h.ns, "nft add table "+family+" filter; nft add chain "+family+
+					" filter FORWARD '{ type filter hook forward priority 0 ; policy drop ; }'")
+			}
+		},
+		"docker":       func(t *testing.T, h *realHost) { inBoth(t, h, append(dockers, "-A DOCKER-USER -j RETURN")...) },
+		"docker, user": func(t *testing.T, h *realHost) { inBoth(t, h, append(dockers, "-A DOCKER-USER -j DROP")...) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			inEachForm(t, func(t *testing.T, form masq.Form) { reachesThroughDrop(t, form, drop) })
+		})
+	}
+}
+
+func reachesThroughDrop(t *testing.T, form masq.Form, drop func(*testing.T, *realHost)) {
 	h := newRealHost(t)
 	world := outside(t, h)
-	for _, c := range []string{
-		"iptables -P FORWARD DROP", "ip6tables -P FORWARD DROP", "sysctl -w net/ipv6/conf/all/forwarding=1",
-	} {
-		h.ns.Run(t, c)
-	}
+	drop(t, h)
 	pass(t, h, sample())
 	a, b := addPod(t, h, 10), addPod(t, h, 11)
 	eventually(t, a, "ping -c 1 -W 1 10.244.3.1") // the bridge's port forwards
 	if out, err := a.Try(t, "ping -c 1 -W 1 192.0.2.1"); err == nil {
 		t.Fatalf("the world is reached without a filter of ours: the test proves nothing\n%s", out)
 	}
-	filterPass(t, h, dualStackFilter(t))
+	filterPass(t, h, dualStack(t, form).Desired())
 
-	for _, hop := range []struct {
-		what     string
-		from, to *netnstest.NS
-		addr     string
-		as       string
-	}{
-		{"pod to pod", a, b, "10.244.3.11", "10.244.3.10"},
-		{"pod to pod", a, b, "fd00:10:244:3::11", "fd00:10:244:3::10"},
-		{"pod to world", a, world, "192.0.2.1", "192.0.2.11"},
-		{"pod to world", a, world, "2001:db8::1", "2001:db8::11"},
-		{"world to pod", world, b, "10.244.3.11", "192.0.2.1"},
-		{"world to pod", world, b, "fd00:10:244:3::11", "2001:db8::1"},
-		{"host to pod", h.ns, a, "10.244.3.10", "10.244.3.1"},
-		{"pod to host", a, h.ns, "192.0.2.11", "10.244.3.10"},
+	for _, hop := range []hop{
+		{"pod to pod", a, b, "10.244.3.11", "", "10.244.3.10"},
+		{"pod to pod", a, b, "fd00:10:244:3::11", "", "fd00:10:244:3::10"},
+		{"pod to world", a, world, "192.0.2.1", "", "192.0.2.11"},
+		{"pod to world", a, world, "2001:db8::1", "", "2001:db8::11"},
+		{"world to pod", world, b, "10.244.3.11", "", "192.0.2.1"},
+		{"world to pod", world, b, "fd00:10:244:3::11", "", "2001:db8::1"},
+		{"host to pod", h.ns, a, "10.244.3.10", "", "10.244.3.1"},
+		{"host to pod", h.ns, a, "fd00:10:244:3::10", "2001:db8::11", "2001:db8::11"},
+		{"pod to host", a, h.ns, "192.0.2.11", "", "10.244.3.10"},
+		{"pod to host", a, h.ns, "2001:db8::11", "", "fd00:10:244:3::10"},
 	} {
-		if got := seenAs(t, hop.from, hop.to, hop.addr); got.String() != hop.as {
-			t.Errorf("%s: %s is seen as %s, want %s", hop.what, hop.addr, got, hop.as)
-		}
+		hop.check(t)
 	}
 }
 
 // A pod on another node answers by its own node's way out, where nobody waits for the answer.
 func TestOutsideToPodOnAnotherNodeComesBackThroughTheTunnel(t *testing.T) {
+	inEachForm(t, testComesBackThroughTheTunnel)
+}
+
+func testComesBackThroughTheTunnel(t *testing.T, form masq.Form) {
 	a, b := newNode(t, 1, 4), newNode(t, 2, 4)
 	connect(t, a, b)
 	pass(t, a, a.desired(b.leases))
@@ -166,59 +238,173 @@ func TestOutsideToPodOnAnotherNodeComesBackThroughTheTunnel(t *testing.T) {
 	} {
 		world.Run(t, c)
 	}
-	network, err := subnet.NewNetwork(subnet.Range{Prefix: netip.MustParsePrefix("10.244.0.0/16")},
-		subnet.Range{Prefix: netip.MustParsePrefix("fd00:10:244::/48")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	own := []netip.Prefix{a.leases[0].Subnet, a.leases[1].Subnet}
-	filterPass(t, a, masq.Config{Network: network, Subnets: own, Port: 8472}.Desired())
-	for addr, want := range map[string]string{"10.244.2.1": "10.244.1.0", "fd00:10:244:2::1": "fd00:10:244:1::2"} {
-		if got := seenAs(t, world, b.ns, addr); got.String() != want {
-			t.Errorf("%s is seen as %s, want the node's own %s", addr, got, want)
-		}
+	c := dualStack(t, form)
+	c.Subnets = []netip.Prefix{a.leases[0].Subnet, a.leases[1].Subnet}
+	filterPass(t, a, c.Desired())
+	for _, hop := range []hop{
+		{"world to pod elsewhere", world, b.ns, "10.244.2.1", "", "10.244.1.0"},
+		{"world to pod elsewhere", world, b.ns, "fd00:10:244:2::1", "", "fd00:10:244:1::2"},
+		{"host to pod elsewhere", a.ns, b.ns, "10.244.2.1", "203.0.113.1", "10.244.1.0"},
+		{"host to pod elsewhere", a.ns, b.ns, "fd00:10:244:2::1", "2001:db8:9::1", "fd00:10:244:1::2"},
+		{"pod to pod elsewhere", a.ns, b.ns, "10.244.2.1", "10.244.1.1", "10.244.1.1"},
+		{"pod to pod elsewhere", a.ns, b.ns, "fd00:10:244:2::1", "fd00:10:244:1::1", "fd00:10:244:1::1"},
+	} {
+		hop.check(t)
 	}
 }
 
 // A service on the world's side that kube-proxy marked is kube-proxy's to masquerade.
 func TestPacketsOfKubeProxyAreLeftToIt(t *testing.T) {
-	h := newRealHost(t)
-	world := outside(t, h)
-	pass(t, h, sample())
-	a := addPod(t, h, 10)
-	filterPass(t, h, dualStackFilter(t))
-	for _, c := range []string{
-		"iptables -t mangle -A PREROUTING -s 10.244.3.10 -j MARK --set-mark 0x4000/0x4000",
-		"iptables -t nat -A POSTROUTING -m mark --mark 0x4000/0x4000 -j SNAT --to-source 192.0.2.99",
-		"ip addr add 192.0.2.99/32 dev eth0",
-	} {
-		h.ns.Run(t, c)
+	inEachForm(t, func(t *testing.T, form masq.Form) {
+		h := newRealHost(t)
+		world := outside(t, h)
+		pass(t, h, sample())
+		a := addPod(t, h, 10)
+		filterPass(t, h, dualStack(t, form).Desired())
+		inBoth(t, h, "-t mangle -A PREROUTING -j MARK --set-mark 0x4000/0x4000")
+		hop{"marked, and nobody takes it up", a, world, "192.0.2.1", "", "10.244.3.10"}.check(t)
+		hop{"marked, and nobody takes it up", a, world, "2001:db8::1", "", "fd00:10:244:3::10"}.check(t)
+		for _, c := range []string{
+			"iptables -t nat -A POSTROUTING -m mark --mark 0x4000/0x4000 -j SNAT --to-source 192.0.2.99",
+			"ip6tables -t nat -A POSTROUTING -m mark --mark 0x4000/0x4000 -j SNAT --to-source 2001:db8::99",
+			"ip addr add 192.0.2.99/32 dev eth0", "ip addr add 2001:db8::99/128 dev eth0 nodad",
+		} {
+			h.ns.Run(t, c)
+		}
+		hop{"marked", a, world, "192.0.2.1", "", "192.0.2.99"}.check(t)
+		hop{"marked", a, world, "2001:db8::1", "", "2001:db8::99"}.check(t)
+	})
+}
+
+func TestPodsKeepTheirAddressesWhereTheyAreKnown(t *testing.T) {
+	inEachForm(t, func(t *testing.T, form masq.Form) {
+		h := newRealHost(t)
+		world := outside(t, h)
+		world.Run(t, "ip addr add 198.51.100.1/32 dev lo")
+		world.Run(t, "ip addr add 2001:db8:1::1/128 dev lo")
+		pass(t, h, sample())
+		a := addPod(t, h, 10)
+		c := dualStack(t, form)
+		c.NonMasquerade = []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("2001:db8:1::/52")}
+		filterPass(t, h, c.Desired())
+		for _, hop := range []hop{
+			{"known", a, world, "198.51.100.1", "", "10.244.3.10"},
+			{"known", a, world, "2001:db8:1::1", "", "fd00:10:244:3::10"},
+			{"not known", a, world, "192.0.2.1", "", "192.0.2.11"},
+			{"not known", a, world, "2001:db8::1", "", "2001:db8::11"},
+		} {
+			hop.check(t)
+		}
+	})
+}
+
+// Replies to a flow from the tunnel's port would be taken for encapsulated packets.
+func TestNoFlowIsMovedToTheTunnelsPort(t *testing.T) {
+	inEachForm(t, func(t *testing.T, form masq.Form) {
+		h := newRealHost(t)
+		world := outside(t, h)
+		pass(t, h, sample())
+		a := addPod(t, h, 10)
+		c := dualStack(t, form)
+		c.Port = 33279 // with half of the ports above it, no run of luck is as long as this
+		filterPass(t, h, c.Desired())
+		for range 40 {
+			for _, to := range []string{"192.0.2.1", "2001:db8::1"} {
+				if from := (hop{what: "pod to world", from: a, to: world, addr: to}).seenAs(t); from.Port() <= c.Port {
+					t.Fatalf("to %s from %s", to, from)
+				}
+			}
+		}
+	})
+}
+
+// leaveBy sends what c sends to groups out of a device.
+func leaveBy(t *testing.T, ns *netnstest.NS, c *net.UDPConn, dev string) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
 	}
-	if got := seenAs(t, a, world, "192.0.2.1"); got.String() != "192.0.2.99" {
-		t.Errorf("seen as %s, want kube-proxy's 192.0.2.99", got)
+	var failed error
+	ns.Do(t, func() {
+		var out *net.Interface
+		if out, failed = net.InterfaceByName(dev); failed != nil {
+			return
+		}
+		failed = raw.Control(func(fd uintptr) {
+			if c.LocalAddr().(*net.UDPAddr).IP.To4() != nil {
+				mreq := &unix.IPMreqn{Ifindex: int32(out.Index)}
+				err = unix.SetsockoptIPMreqn(int(fd), unix.IPPROTO_IP, unix.IP_MULTICAST_IF, mreq)
+			} else {
+				err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_MULTICAST_IF, out.Index)
+			}
+		})
+	})
+	if err := errors.Join(err, failed); err != nil {
+		t.Fatal(err)
 	}
 }
 
+// Whoever has joined a group knows its senders by their own addresses, and groups have no way back.
+func TestMulticastKeepsItsSource(t *testing.T) {
+	inEachForm(t, func(t *testing.T, form masq.Form) {
+		h := newRealHost(t)
+		world := outside(t, h)
+		pass(t, h, sample())
+		filterPass(t, h, dualStack(t, form).Desired())
+		for group, source := range map[string]string{"239.1.2.3": "10.244.3.1", "ff05::123": "fd00:10:244:3::1"} {
+			to := netip.AddrPortFrom(netip.MustParseAddr(group), 5000)
+			var server *net.UDPConn
+			var err error
+			world.Do(t, func() {
+				var wire *net.Interface
+				if wire, err = net.InterfaceByName("wire"); err == nil {
+					server, err = net.ListenMulticastUDP("udp", wire, net.UDPAddrFromAddrPort(to))
+				}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer server.Close()
+			client := bound(t, h.ns, netip.AddrPortFrom(netip.MustParseAddr(source), 0))
+			defer client.Close()
+			leaveBy(t, h.ns, client, "eth0")
+			if _, err := client.WriteToUDPAddrPort([]byte("all of you"), to); err != nil {
+				t.Fatal(err)
+			}
+			wait(server)
+			_, from, err := server.ReadFromUDPAddrPort(make([]byte, 100))
+			if err != nil || from.Addr().Unmap().String() != source {
+				t.Errorf("to %s from %s, %v; want from %s", group, from, err, source)
+			}
+		}
+	})
+}
+
 func TestRejectOfEverythingIsOvertaken(t *testing.T) {
-	h := newRealHost(t)
-	world := outside(t, h)
-	pass(t, h, sample())
-	a := addPod(t, h, 10)
-	h.ns.Run(t, "iptables -A FORWARD -p tcp --dport 1 -j ACCEPT")
-	h.ns.Run(t, "iptables -A FORWARD -m comment --comment firewall -j REJECT --reject-with icmp-host-prohibited")
-	filterPass(t, h, dualStackFilter(t))
-	seenAs(t, a, world, "192.0.2.1")
+	inEachForm(t, func(t *testing.T, form masq.Form) {
+		h := newRealHost(t)
+		world := outside(t, h)
+		pass(t, h, sample())
+		a := addPod(t, h, 10)
+		want := dualStack(t, form).Desired()
+		out := hop{"pod to world", a, world, "192.0.2.1", "", "192.0.2.11"}
+		h.ns.Run(t, "iptables -A FORWARD -p tcp --dport 1 -j ACCEPT")
+		h.ns.Run(t, "iptables -A FORWARD -m comment --comment firewall -j REJECT --reject-with icmp-host-prohibited")
+		filterPass(t, h, want)
+		out.check(t)
 
-	// One that comes later gets in front: the jump is there, but nothing reaches it.
-	h.ns.Run(t, "iptables -I FORWARD 1 -j DROP")
-	h.filter.changes.Add(1)
-	filterPass(t, h, dualStackFilter(t))
-	seenAs(t, a, world, "192.0.2.1")
+		// One that comes later gets in front: the jump is there, but nothing reaches it.
+		h.ns.Run(t, "iptables -I FORWARD 1 -j DROP")
+		h.filter.changes.Add(1)
+		filterPass(t, h, want)
+		out.check(t)
 
-	filterPass(t, h, masq.Ruleset{})
-	if out := h.ns.Run(t, "iptables -S"); strings.Contains(out, "TWEED") {
-		t.Errorf("left:\n%s", out)
-	}
+		filterPass(t, h, masq.Ruleset{})
+		if out := h.ns.Run(t, "iptables -S"); strings.Contains(out, "TWEED") || strings.Contains(out, "tweed") {
+			t.Errorf("left:\n%s", out)
+		}
+	})
 }
 
 func TestRulesChangedByHandAreRepaired(t *testing.T) {
@@ -267,27 +453,33 @@ func fakeIptables(t *testing.T, script string) {
 }
 
 func TestAtRestNoProcessIsStarted(t *testing.T) {
-	log := filepath.Join(t.TempDir(), "log")
-	fakeIptables(t, "echo $* >> "+log+"\nexec $real \"$@\"")
-	h := newRealHost(t)
-	r := watch(t, h, func(string) bool { return false })
-	filterPass(t, h, dualStackFilter(t))
-	r.await(t, "our own writes")
-	r.quiet()
-	filterPass(t, h, dualStackFilter(t)) // the one more pass
-	before, err := os.ReadFile(log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for range 5 {
-		filterPass(t, h, dualStackFilter(t))
-	}
-	if after, _ := os.ReadFile(log); !bytes.Equal(before, after) {
-		t.Errorf("started at rest:\n%s", after[len(before):])
-	}
-	if r.quiet() {
-		t.Error("reading rings")
-	}
+	inEachForm(t, func(t *testing.T, form masq.Form) {
+		log := filepath.Join(t.TempDir(), "log")
+		fakeIptables(t, "echo $* >> "+log+"\nexec $real \"$@\"")
+		h := newRealHost(t)
+		r := watch(t, h, func(string) bool { return false })
+		filterPass(t, h, dualStack(t, form).Desired())
+		r.await(t, "our own writes")
+		r.quiet()
+		filterPass(t, h, dualStack(t, form).Desired()) // the one more pass
+		before, err := os.ReadFile(log)
+		if form == masq.NFTables {
+			if !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("started, %v:\n%s", err, before)
+			}
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		for range 5 {
+			filterPass(t, h, dualStack(t, form).Desired())
+		}
+		if after, _ := os.ReadFile(log); !bytes.Equal(before, after) {
+			t.Errorf("started at rest:\n%s", after[len(before):])
+		}
+		if r.quiet() {
+			t.Error("reading rings")
+		}
+	})
 }
 
 // Another version of iptables may print the rules in other words; then they must not be written again and again.

@@ -29,6 +29,12 @@ func (h fakeHost) byHand(op backend.Op) {
 	}
 }
 
+func (h fakeHost) dropForwarded() {
+	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+		h.SetFilterHost(masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.BaseForward}, masq.Host{})
+	}
+}
+
 // A realHost is a Kernel in a network namespace of its own.
 type realHost struct {
 	*Kernel
@@ -105,7 +111,11 @@ func (h *realHost) addStranger(o backend.Object) {
 		}
 		h.ns.Run(h.t, fmt.Sprintf("ip link add %s %s", o.Name, how))
 	case backend.Route:
-		h.ns.Run(h.t, fmt.Sprintf("ip route add %s dev %s", o.Dst, o.Dev))
+		via := ""
+		if o.Via.IsValid() {
+			via = "via " + o.Via.String()
+		}
+		h.ns.Run(h.t, fmt.Sprintf("ip route add %s %s dev %s", o.Dst, via, o.Dev))
 	case backend.Rule:
 		h.ns.Run(h.t, fmt.Sprintf("ip rule add pref %d from %s lookup %d", o.Priority, o.From, o.Table))
 	}
@@ -113,3 +123,8 @@ func (h *realHost) addStranger(o backend.Object) {
 
 // byHand types what the operation says.
 func (h *realHost) byHand(op backend.Op) { h.ns.Run(h.t, op.String()) }
+
+func (h *realHost) dropForwarded() {
+	h.ns.Run(h.t, "iptables -P FORWARD DROP")
+	h.ns.Run(h.t, "ip6tables -P FORWARD DROP")
+}

@@ -29,11 +29,11 @@ func (k *Kernel) Interfaces(ctx context.Context) ([]backend.Interface, error) {
 	if err != nil {
 		return nil, err
 	}
-	default4, err := k.defaultDevs(unix.AF_INET)
+	default4, ways4, err := k.mainRoutes(unix.AF_INET, addrs)
 	if err != nil {
 		return nil, err
 	}
-	default6, err := k.defaultDevs(unix.AF_INET6)
+	default6, ways6, err := k.mainRoutes(unix.AF_INET6, addrs)
 	if err != nil {
 		return nil, err
 	}
@@ -43,7 +43,7 @@ func (k *Kernel) Interfaces(ctx context.Context) ([]backend.Interface, error) {
 		out = append(out, backend.Interface{
 			Name: l.name, MTU: l.mtu, Up: l.up, Ours: l.group == backend.Owner, Addrs: addrs[l.index],
 			Default4: slices.Contains(default4, l.index), Default6: slices.Contains(default6, l.index),
-			Stub: l.name == "lo" || l.is("dummy"),
+			Stub: l.name == "lo" || l.is("dummy"), NoARP: l.noARP, Ways: slices.Concat(ways4[l.index], ways6[l.index]),
 		})
 	}
 	return out, nil
@@ -65,22 +65,39 @@ func (k *Kernel) globalAddrs() (addrs map[int][]netip.Prefix, err error) {
 	return addrs, wrap(err, "listing addresses")
 }
 
-// defaultDevs returns the devices that the best default route of a family leaves by.
-func (k *Kernel) defaultDevs(family uint8) (devs []int, err error) {
+// mainRoutes returns the devices that the best default route of a family leaves by, and the ways by the index of their
+// device.
+func (k *Kernel) mainRoutes(family uint8, addrs map[int][]netip.Prefix) (
+	defaults []int, ways map[int][]backend.Way, err error) {
 	m := make(message, unix.SizeofRtMsg, 32)
 	m[0] = family
 	m.u32(unix.RTA_TABLE, unix.RT_TABLE_MAIN)
 	var routes []route
-	err = k.conn.dump(unix.RTM_GETROUTE, m, func() { routes = nil }, func(b []byte) {
-		// Thousands may lead to peers: they are not even parsed.
-		if len(b) > 1 && b[1] == 0 {
-			if r, ok := parseRoute(b); ok && r.family == family && r.isDefault() {
-				routes = append(routes, r)
+	near := func(dst netip.Prefix) bool {
+		for _, all := range addrs {
+			if slices.ContainsFunc(all, func(p netip.Prefix) bool { return isNear(p, dst) }) {
+				return true
 			}
+		}
+		return false
+	}
+	err = k.conn.dump(unix.RTM_GETROUTE, m, func() { routes, ways = nil, map[int][]backend.Way{} }, func(b []byte) {
+		// Thousands may lead to peers: they are not even parsed.
+		if len(b) < unix.SizeofRtMsg || b[5] == backend.Owner {
+			return
+		}
+		r, ok := parseRoute(b)
+		switch {
+		case !ok || r.family != family:
+		case r.isDefault():
+			routes = append(routes, r)
+		case r.isWay(near):
+			dev := r.devs()[0]
+			ways[dev] = append(ways[dev], backend.Way{Dst: r.key.Dst, Metric: r.key.Metric, Router: r.routed()})
 		}
 	})
 	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return nil, fmt.Errorf("listing routes: %w", err)
+		return nil, nil, fmt.Errorf("listing routes: %w", err)
 	}
 	best := math.MaxInt
 	for _, r := range routes {
@@ -88,11 +105,11 @@ func (k *Kernel) defaultDevs(family uint8) (devs []int, err error) {
 		case r.key.Metric > best:
 			continue
 		case r.key.Metric < best:
-			best, devs = r.key.Metric, nil
+			best, defaults = r.key.Metric, nil
 		}
-		devs = append(devs, r.devs()...)
+		defaults = append(defaults, r.devs()...)
 	}
-	return devs, nil
+	return defaults, ways, nil
 }
 
 // RouterAdvertised returns the names of the devices that have a route learned by router advertisement and would lose

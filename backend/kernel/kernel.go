@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend/masq"
 )
 
 // DefaultSysctlRoot is where a host shows its sysctls.
@@ -30,10 +31,12 @@ type Kernel struct {
 	ioctl  int // a socket for ioctls
 	root   string
 	log    *slog.Logger
-	filter *filter
+	filter *filter // of the iptables in use
+	nft    *nftables
 
-	mu    sync.Mutex
-	index map[string]int // of links, as last seen
+	mu       sync.Mutex
+	index    map[string]int           // of links, as last seen
+	variants map[masq.Variant]*filter // those of iptables that are meant by name
 }
 
 // errPermission is what every refusal for lack of rights ends in.
@@ -50,7 +53,7 @@ func New(o Options) (*Kernel, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	c, err := dial()
+	c, err := dial(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
@@ -59,12 +62,15 @@ func New(o Options) (*Kernel, error) {
 		c.close()
 		return nil, fmt.Errorf("opening a socket for device settings: %w", err)
 	}
-	return &Kernel{conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, filter: &filter{}, index: map[string]int{}}, nil
+	return &Kernel{
+		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, filter: &filter{}, nft: dialNFT(), index: map[string]int{},
+	}, nil
 }
 
 // Close lets go of the namespace. Nothing in it changes.
 func (k *Kernel) Close() {
 	k.conn.close()
+	k.nft.close()
 	unix.Close(k.ioctl)
 }
 

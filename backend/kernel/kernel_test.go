@@ -16,6 +16,7 @@ import (
 	"tweed.dev/tweed/backend"
 	bridges "tweed.dev/tweed/backend/bridge"
 	"tweed.dev/tweed/backend/kernel/netnstest"
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/subnet"
 )
@@ -101,10 +102,13 @@ func TestPodAddressesReachEachOtherThroughTheTunnel(t *testing.T) {
 	}
 }
 
-func TestPassWithNothingToDoWritesNothing(t *testing.T) {
+func TestPassWithNothingToDoWritesNothing(t *testing.T) { inEachForm(t, testWritesNothing) }
+
+func testWritesNothing(t *testing.T, form masq.Form) {
 	h := newRealHost(t)
+	h.dropForwarded()
 	pass(t, h, sample())
-	filterPass(t, h, dualStackFilter(t))
+	filterPass(t, h, dualStack(t, form).Desired())
 	for h.ns.Run(t, "ip -6 addr show tentative") != "" { // the kernel tells when it is through with its own addresses
 	}
 	var groups [2]*os.File
@@ -113,9 +117,12 @@ func TestPassWithNothingToDoWritesNothing(t *testing.T) {
 		groups[1] = listenAll(t, unix.NETLINK_NETFILTER)
 	})
 	pass(t, h, sample())
-	filterPass(t, h, dualStackFilter(t))
+	filterPass(t, h, dualStack(t, form).Desired())
 	h.filter.changes.Add(1)
-	filterPass(t, h, dualStackFilter(t))
+	filterPass(t, h, dualStack(t, form).Desired())
+	h.open() // a restart
+	pass(t, h, sample())
+	filterPass(t, h, dualStack(t, form).Desired())
 	for _, f := range groups {
 		buf := make([]byte, 1<<16)
 		n, _, err := syscall.Recvfrom(int(f.Fd()), buf, syscall.MSG_DONTWAIT)
@@ -342,6 +349,8 @@ func FuzzParsers(f *testing.F) {
 	f.Add(append(make([]byte, 16), 8, 0, 3, 0, 'x', 0, 0, 0))
 	f.Add(append(make([]byte, 12), 5, 0, 1, 0, 10))
 	f.Add(append([]byte{unix.AF_INET, 24, 0, 0, 254}, 0, 0, 0, 0, 0, 0, 0, 12, 0, 9, 0, 255, 0, 0, 0, 1, 0, 0, 0))
+	jump := newRule(masq.Chain{Family: masq.IPv4}, []nftExpr{verdict(unix.NFT_JUMP, "translate")}, 0, 0)
+	f.Add([]byte(jump.body))
 	f.Fuzz(func(_ *testing.T, b []byte) {
 		parseLink(b)
 		parseAddr(b)
@@ -349,6 +358,12 @@ func FuzzParsers(f *testing.F) {
 		parseRoute(b)
 		parseRule(b)
 		parseHops(b)
+		commentOf(b)
+		r := parseNFTRule(b)
+		r.end()
+		r.jumps()
+		textOf(r.exprs)
+		parseNFTChain(b)
 		for typ := range uint16(200) {
 			(&watcher{uplink: func(string) bool { return true }, links: map[int]link{}, addrs: map[addrAt]uint32{},
 				forwarding: map[[2]int]uint32{}}).heard(syscall.NetlinkMessage{

@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -15,14 +16,27 @@ const kernelMetric6 = 1024
 func (s *survey) lookAtRoutes() error {
 	s.have.Routes = make(map[backend.RouteKey]backend.Route, len(s.want.Routes))
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		routes, err := s.routes(family, backend.Owner, unix.RT_TABLE_UNSPEC)
+		var unnamed []route // whose device has to be asked for, which the socket cannot be in the middle of a dump
+		// Nothing needs to be forgotten before another try: what is gone by then is found out by the next pass.
+		err := s.eachRoute(family, backend.Owner, unix.RT_TABLE_UNSPEC, func() {}, func(r route) {
+			if _, named := s.names[r.dev]; named || r.dev == 0 {
+				s.addRoute(r, s.names[r.dev])
+			} else {
+				unnamed = append(unnamed, r)
+			}
+		})
 		if err != nil {
 			return err
 		}
-		for _, r := range routes {
-			if err := s.addRoute(r); err != nil {
+		for _, r := range unnamed {
+			dev, err := s.name(r.dev)
+			if errors.Is(err, unix.ENODEV) { // gone since, and the route with it
+				continue
+			}
+			if err != nil {
 				return err
 			}
+			s.addRoute(r, dev)
 		}
 	}
 	return s.lookForStrangeRoutes()
@@ -30,39 +44,37 @@ func (s *survey) lookAtRoutes() error {
 
 // routes returns the routes of one family that have the protocol and are in the table; 0 stands for all.
 func (k *Kernel) routes(family, protocol uint8, table int) (routes []route, err error) {
+	err = k.eachRoute(family, protocol, table, func() { routes = routes[:0] }, func(r route) { routes = append(routes, r) })
+	return routes, err
+}
+
+// eachRoute calls take for each of these routes, and reset before each try.
+func (k *Kernel) eachRoute(family, protocol uint8, table int, reset func(), take func(route)) error {
 	m := make(message, unix.SizeofRtMsg, 32)
 	m[0], m[5] = family, protocol
 	if table != unix.RT_TABLE_UNSPEC {
 		m.u32(unix.RTA_TABLE, uint32(table))
 	}
-	err = k.conn.dump(unix.RTM_GETROUTE, m, func() { routes = routes[:0] }, func(b []byte) {
+	err := k.conn.dump(unix.RTM_GETROUTE, m, reset, func(b []byte) {
 		r, ok := parseRoute(b)
 		if ok && r.family == family && r.flags&unix.RTM_F_CLONED == 0 &&
 			(protocol == 0 || r.protocol == protocol) && (table == unix.RT_TABLE_UNSPEC || r.key.Table == table) {
-			routes = append(routes, r)
+			take(r)
 		}
 	})
 	if errors.Is(err, unix.ENOENT) { // nobody has used the table yet
-		return nil, nil
+		return nil
 	}
-	return routes, wrap(err, "listing routes")
+	return wrap(err, "listing routes")
 }
 
-func (s *survey) addRoute(r route) error {
+func (s *survey) addRoute(r route, dev string) {
 	v := backend.Route{RouteKey: s.routeKey(r)}
 	// One of another type, or with several nexthops, cannot be told by a value: without a device it is like none we want.
 	if r.typ == unix.RTN_UNICAST && r.hops == nil && r.dev != 0 {
-		dev, err := s.name(r.dev)
-		if errors.Is(err, unix.ENODEV) { // gone since, and the route with it
-			return nil
-		}
-		if err != nil {
-			return err
-		}
 		v.Dev, v.Via, v.Src, v.Onlink = dev, r.via, r.src, r.flags&unix.RTNH_F_ONLINK != 0
 	}
 	s.have.Routes[v.RouteKey] = v
-	return nil
 }
 
 // routeKey writes the kernel's own metric as State does.
@@ -157,6 +169,22 @@ func routeType(typ uint8) string {
 // isDefault reports whether r sends what no other route of the main table does.
 func (r route) isDefault() bool {
 	return r.typ == unix.RTN_UNICAST && r.key.Table == unix.RT_TABLE_MAIN && r.key.Dst.Bits() == 0
+}
+
+// isWay reports whether r is a backend.Way, where near says whether a destination is in the network of an address of this
+// host: of the routes past a router others, which may be very many, say nothing about a link.
+func (r route) isWay(near func(netip.Prefix) bool) bool {
+	return r.typ == unix.RTN_UNICAST && r.key.Table == unix.RT_TABLE_MAIN && r.key.Dst.Bits() != 0 && r.tos == 0 &&
+		r.flags&(unix.RTNH_F_DEAD|unix.RTM_F_CLONED) == 0 && !r.key.Dst.Addr().IsLinkLocalUnicast() &&
+		len(r.devs()) > 0 && (!r.routed() || near(r.key.Dst))
+}
+
+// routed reports whether r leads past a router. What has several nexthops counts as if it did.
+func (r route) routed() bool { return r.via.IsValid() || r.hops != nil }
+
+// isNear reports whether dst is in the network of an address. That of a single address holds no other.
+func isNear(addr, dst netip.Prefix) bool {
+	return !addr.IsSingleIP() && addr.Bits() <= dst.Bits() && addr.Contains(dst.Addr())
 }
 
 // devs returns the indexes of the devices that r leaves by.

@@ -20,7 +20,7 @@ type link struct {
 	group      uint32
 	name, kind string
 	mac        backend.MAC
-	up         bool
+	up, noARP  bool
 
 	// Of a VXLAN device:
 	vni      uint32
@@ -53,6 +53,7 @@ func parseLink(b []byte) (link, bool) {
 	l := link{
 		index: int(int32(binary.NativeEndian.Uint32(b[4:]))),
 		up:    binary.NativeEndian.Uint32(b[8:])&unix.IFF_UP != 0,
+		noARP: binary.NativeEndian.Uint32(b[8:])&unix.IFF_NOARP != 0,
 	}
 	for typ, v := range attrs(b[unix.SizeofIfInfomsg:]) {
 		switch typ {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 
 	"github.com/vishvananda/netlink/nl"
@@ -147,7 +148,7 @@ func (w *watcher) heard(m syscall.NetlinkMessage) bool {
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
 		return w.heardNeigh(m.Data)
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		return len(m.Data) >= unix.SizeofRtMsg && m.Data[5] == backend.Owner
+		return w.heardRoute(m.Data)
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		r, ok := parseRule(m.Data)
 		return ok && r.protocol == backend.Owner
@@ -195,6 +196,27 @@ func (w *watcher) heardAddr(typ uint16, b []byte) bool {
 		return false
 	}
 	return typ == unix.RTM_DELADDR || !known || flags != a.flags
+}
+
+// heardRoute hears of ours, and of what may move the border of an uplink's segment.
+func (w *watcher) heardRoute(b []byte) bool {
+	if len(b) >= unix.SizeofRtMsg && b[5] == backend.Owner {
+		return true
+	}
+	r, ok := parseRoute(b)
+	if !ok {
+		return false
+	}
+	leaves := func(dev int) bool { return w.uplink(w.links[dev].name) }
+	near := func(dst netip.Prefix) bool {
+		for at := range w.addrs {
+			if isNear(at.prefix, dst) && leaves(at.index) {
+				return true
+			}
+		}
+		return false
+	}
+	return r.isWay(near) && (slices.ContainsFunc(r.devs(), leaves) || near(r.key.Dst))
 }
 
 // heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair, and what the

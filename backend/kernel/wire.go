@@ -13,15 +13,18 @@ import (
 	"tweed.dev/tweed/backend"
 )
 
-// A conn is one rtnetlink socket. Requests of several goroutines take turns on it.
+// A conn is one netlink socket. Requests of several goroutines take turns on it.
 //
 // Messages are built and read here and not by the library's typed functions: these read every attribute of every
 // object, and refuse or forget some that we need.
-type conn struct{ sockets map[int]*nl.SocketHandle }
+type conn struct {
+	protocol int // NETLINK_*
+	sockets  map[int]*nl.SocketHandle
+}
 
 // dial opens a socket in the calling thread's network namespace.
-func dial() (*conn, error) {
-	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
+func dial(protocol int) (*conn, error) {
+	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), protocol)
 	if err != nil {
 		return nil, fmt.Errorf("opening a netlink socket: %w", err)
 	}
@@ -35,10 +38,10 @@ func dial() (*conn, error) {
 		s.Close()
 		return nil, fmt.Errorf("preparing a netlink socket: %w", err)
 	}
-	return &conn{map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}}, nil
+	return &conn{protocol, map[int]*nl.SocketHandle{protocol: {Socket: s}}}, nil
 }
 
-func (c *conn) close() { c.sockets[unix.NETLINK_ROUTE].Close() }
+func (c *conn) close() { c.sockets[c.protocol].Close() }
 
 func (c *conn) request(typ uint16, flags int, m message) *nl.NetlinkRequest {
 	return &nl.NetlinkRequest{
@@ -50,13 +53,13 @@ func (c *conn) request(typ uint16, flags int, m message) *nl.NetlinkRequest {
 
 // do asks for a change and waits for its acknowledgement.
 func (c *conn) do(typ uint16, flags int, m message) error {
-	_, err := c.request(typ, unix.NLM_F_ACK|flags, m).Execute(unix.NETLINK_ROUTE, 0)
+	_, err := c.request(typ, unix.NLM_F_ACK|flags, m).Execute(c.protocol, 0)
 	return err
 }
 
 // get asks for one object.
 func (c *conn) get(typ uint16, m message) ([]byte, error) {
-	msgs, err := c.request(typ, 0, m).Execute(unix.NETLINK_ROUTE, 0)
+	msgs, err := c.request(typ, 0, m).Execute(c.protocol, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +76,7 @@ func (c *conn) dump(typ uint16, m message, reset func(), each func(msg []byte)) 
 	var err error
 	for range tries {
 		reset()
-		err = c.request(typ, unix.NLM_F_DUMP, m).ExecuteIter(unix.NETLINK_ROUTE, 0, func(msg []byte) bool {
+		err = c.request(typ, unix.NLM_F_DUMP, m).ExecuteIter(c.protocol, 0, func(msg []byte) bool {
 			each(msg)
 			return true
 		})

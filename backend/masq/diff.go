@@ -4,51 +4,101 @@ import (
 	"cmp"
 	"maps"
 	"slices"
+	"strings"
 
 	"tweed.dev/tweed/backend"
 )
 
 // Diff returns the operations that turn have into want. In between, no packet is treated otherwise than by the one or
 // by the other: a chain is filled before packets get to it and left before it is emptied, and where rules change, the
-// new ones stand before the old ones go.
+// new ones stand before the old ones go. So it is too where the form changes: all of the new form stands before any of
+// the old one goes, and in between both would do the same.
 func Diff(want, have Ruleset) []backend.Op {
-	var ops []backend.Op
-	for _, c := range sorted(want.Chains) {
+	return append(additions(want, have), removals(want, have)...)
+}
+
+func additions(want, have Ruleset) (ops []backend.Op) {
+	add := func(o backend.Object) { ops = append(ops, backend.Op{Do: backend.Add, What: o}) }
+	for _, t := range sorted(want.Tables, compareTables) {
+		if !have.Tables[t] {
+			add(t)
+		}
+	}
+	for _, c := range sorted(want.Chains, compareChains) {
 		if _, there := have.Chains[c]; !there {
-			ops = append(ops, backend.Op{Do: backend.Add, What: c})
+			add(c)
 		}
-		ops = append(ops, diffRules(c, want.Chains[c], have.Chains[c])...)
+		ops = append(ops, diffRules(c, want.Chains[c], have)...)
 	}
-	for _, j := range sortedJumps(want.Jumps) {
-		if !have.Jumps[j] {
-			j.At = have.Ends[j.Base()]
-			ops = append(ops, backend.Op{Do: backend.Add, What: j})
-		}
-	}
-	for _, j := range sortedJumps(have.Jumps) {
-		if !want.Jumps[j] {
-			ops = append(ops, backend.Op{Do: backend.Delete, What: j, Was: j})
+	for _, j := range sorted(want.Jumps, compareJumps) {
+		if !have.Jumps[j] && have.dueJump(j) {
+			j.At = have.Hosts[j.Base()].End
+			add(j)
 		}
 	}
-	for _, c := range sorted(have.Chains) {
-		if _, wanted := want.Chains[c]; !wanted {
-			ops = append(ops, backend.Op{Do: backend.Delete, What: c, Was: c})
+	for _, g := range sorted(want.Guests, compareGuests) {
+		if _, there := have.Guests[g]; !there && have.dueGuest(g) {
+			g.At = have.Hosts[g.Host].End
+			add(g)
 		}
 	}
 	return ops
 }
 
+func removals(want, have Ruleset) (ops []backend.Op) {
+	remove := func(o backend.Object) { ops = append(ops, backend.Op{Do: backend.Delete, What: o, Was: o}) }
+	for _, g := range sorted(have.Guests, compareGuests) {
+		if _, wanted := want.Guests[g]; !wanted || !have.dueGuest(g) {
+			g.Handle = have.Guests[g]
+			remove(g)
+		}
+	}
+	for _, j := range sorted(have.Jumps, compareJumps) {
+		if !want.Jumps[j] || !have.dueJump(j) {
+			remove(j)
+		}
+	}
+	for _, c := range sorted(have.Chains, compareChains) {
+		if _, wanted := want.Chains[c]; !wanted {
+			remove(c)
+		}
+	}
+	for _, t := range sorted(have.Tables, compareTables) {
+		if !want.Tables[t] {
+			remove(t)
+		}
+	}
+	return ops
+}
+
+// dueJump reports whether this host needs j. From DOCKER-USER it would overtake all that follows in FORWARD, network
+// policies too; there it is only for where packets would not get further.
+func (r Ruleset) dueJump(j Jump) bool { return j.From != DockerUser || r.Hosts[j.Base()].Harms }
+
+// dueGuest reports whether this host needs g, and has the chain for it. In FORWARD it stands before a policy can become
+// to drop.
+func (r Ruleset) dueGuest(g Guest) bool {
+	h, there := r.Hosts[g.Host]
+	return there && (g.Host.Name == BaseForward || h.Harms)
+}
+
 // diffRules first inserts from the top what is missing, then takes away from the bottom what is too many: exceptions
 // stand above what they except from, so they come first and go last.
-func diffRules(c Chain, want, have []Rule) (ops []backend.Op) {
+func diffRules(c Chain, want []Rule, found Ruleset) (ops []backend.Op) {
+	have := found.Chains[c]
 	keep := common(want, have)
 	type line struct {
-		rule Rule
-		keep bool
+		rule   Rule
+		keep   bool
+		handle uint64
 	}
 	var now []line
 	for i, rule := range have {
-		now = append(now, line{rule, keep[i]})
+		l := line{rule: rule, keep: keep[i]}
+		if handles := found.Handles[c]; i < len(handles) {
+			l.handle = handles[i]
+		}
+		now = append(now, l)
 	}
 	at := 0
 	for _, rule := range want {
@@ -60,13 +110,13 @@ func diffRules(c Chain, want, have []Rule) (ops []backend.Op) {
 			at = next + 1
 			continue
 		}
-		now = slices.Insert(now, at, line{rule, true})
+		now = slices.Insert(now, at, line{rule: rule, keep: true})
 		at++
-		ops = append(ops, backend.Op{Do: backend.Add, What: Entry{c, at, rule}})
+		ops = append(ops, backend.Op{Do: backend.Add, What: Entry{Chain: c, At: at, Rule: rule}})
 	}
 	for i := len(now) - 1; i >= 0; i-- {
 		if !now[i].keep {
-			e := Entry{c, i + 1, now[i].rule}
+			e := Entry{Chain: c, At: i + 1, Rule: now[i].rule, Handle: now[i].handle}
 			ops = append(ops, backend.Op{Do: backend.Delete, What: e, Was: e})
 		}
 	}
@@ -103,16 +153,24 @@ func common(want, have []Rule) []bool {
 	return keep
 }
 
-func sorted(chains map[Chain][]Rule) []Chain {
-	return slices.SortedFunc(maps.Keys(chains), compareChains)
+func sorted[K comparable, V any](m map[K]V, compare func(a, b K) int) []K {
+	return slices.SortedFunc(maps.Keys(m), compare)
 }
 
-func sortedJumps(jumps map[Jump]bool) []Jump {
-	return slices.SortedFunc(maps.Keys(jumps), func(a, b Jump) int {
-		return cmp.Or(compareChains(a.Chain, b.Chain), cmp.Compare(a.From, b.From))
-	})
+func compareTables(a, b Table) int {
+	return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Name, b.Name))
 }
 
 func compareChains(a, b Chain) int {
-	return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Table, b.Table), cmp.Compare(a.Name, b.Name))
+	return cmp.Or(cmp.Compare(a.Variant, b.Variant), compareTables(a.table(), b.table()), cmp.Compare(a.Name, b.Name))
+}
+
+func compareJumps(a, b Jump) int {
+	return cmp.Or(compareChains(a.Chain, b.Chain), cmp.Compare(a.From, b.From))
+}
+
+// compareGuests puts those of one chain into an order that is always the same; any would do, for all accept.
+func compareGuests(a, b Guest) int {
+	text := func(g Guest) string { return strings.Join(g.Rule.Words(g.Host.Family), " ") + g.Rule.Unknown }
+	return cmp.Or(compareChains(a.Host, b.Host), cmp.Compare(text(a), text(b)))
 }

@@ -25,14 +25,39 @@ const (
 	BasePostrouting = "POSTROUTING"
 )
 
+// The table of ours in nftables, one for each family, and what is in it: a chain of nftables' own making that the hook
+// postrouting leads to, and the chain of ours that it jumps to.
+const (
+	OwnTable  = "tweed"
+	Translate = "translate"
+	NatHook   = "postrouting"
+	// NatPriority is the hook's place: just behind what others hook into there (NF_IP_PRI_NAT_SRC is 100). The first
+	// chain that translates a connection decides, so kube-proxy's masquerading comes before ours.
+	NatPriority = 101
+)
+
+// DockerUser is a chain that Docker's way through FORWARD begins with, and that it leaves to others to fill.
+const DockerUser = "DOCKER-USER"
+
 // Comment marks every rule of ours, the jumps from the kernel's chains first of all.
 const Comment = "tweed"
 
 // kubeProxyMark is the bit by which kube-proxy marks packets that it will masquerade (--iptables-masquerade-bit).
 const kubeProxyMark = 0x4000
 
+// A Form is one way of writing down a packet filter.
+type Form string
+
+// The forms.
+const (
+	IPTables Form = "iptables" // chains of ours in the tables that iptables has, reached by jumps
+	NFTables Form = "nftables" // tables of ours
+)
+
 // A Config says whose packets are whose.
 type Config struct {
+	// Form is what the filter is written in; IPTables if empty.
+	Form Form
 	// Network holds the addresses of all pods.
 	Network subnet.Network
 	// Subnets hold the addresses of this node's pods.
@@ -40,31 +65,69 @@ type Config struct {
 	// Port is the UDP port that nodes receive encapsulated packets at. No translated packet leaves from it, or its
 	// replies would be taken for encapsulated ones. 0 stands for none.
 	Port uint16
+	// NonMasquerade holds addresses outside the network that see pods by their own addresses.
+	NonMasquerade []netip.Prefix
 }
 
 // Desired returns what the packet filter must hold.
 //
-// Both jumps stand behind what others decide: a network policy, a drop that an administrator wants, kube-proxy's own
-// masquerading. Only a rule that takes every packet is overtaken, because behind it a jump would never be reached.
+// Jumps and guests stand behind what others decide: a network policy, a drop that an administrator wants, kube-proxy's
+// own masquerading. Only a rule that takes every packet is overtaken, because behind it they would never be reached.
 func (c Config) Desired() Ruleset {
-	r := Ruleset{Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}}
+	r := Ruleset{
+		Tables: map[Table]bool{}, Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}, Guests: map[Guest]uint64{},
+	}
 	for _, network := range c.Network.Prefixes() {
-		family := FamilyOf(network.Addr())
-		fwd := Chain{family, FilterTable, Forward}
-		nat := Chain{family, NatTable, Postrouting}
-		r.Chains[fwd] = []Rule{{Src: network, Verdict: Accept}, {Dst: network, Verdict: Accept}}
-		r.Chains[nat] = c.nat(network)
-		r.Jumps[Jump{Chain: fwd, From: BaseForward}] = true
-		r.Jumps[Jump{Chain: nat, From: BasePostrouting}] = true
+		if c.Form == NFTables {
+			c.addNFTables(&r, network)
+		} else {
+			c.addIPTables(&r, network)
+		}
 	}
 	return r
 }
 
+func (c Config) addIPTables(r *Ruleset, network netip.Prefix) {
+	family := FamilyOf(network.Addr())
+	fwd := family.chain(FilterTable, Forward)
+	nat := family.chain(NatTable, Postrouting)
+	r.Chains[fwd], r.Chains[nat] = forward(network), c.nat(network)
+	r.Jumps[Jump{Chain: fwd, From: BaseForward}] = true
+	r.Jumps[Jump{Chain: fwd, From: DockerUser}] = true
+	r.Jumps[Jump{Chain: nat, From: BasePostrouting}] = true
+}
+
+// addNFTables adds no chain for what is forwarded: nftables drops a packet that any one table drops, and to accept it
+// in a table of ours changes nothing. So the rules that accept are guests where others drop. In the like way guests in the
+// nat chain of others keep what is ours to translate, or not to, from a rule there that translates everything.
+func (c Config) addNFTables(r *Ruleset, network netip.Prefix) {
+	family := FamilyOf(network.Addr())
+	translate := family.chain(OwnTable, Translate)
+	r.Tables[translate.table()] = true
+	r.Chains[translate] = c.nat(network)
+	r.Jumps[Jump{Chain: translate, From: NatHook}] = true
+	for _, rule := range forward(network) {
+		r.Guests[Guest{Host: family.chain(FilterTable, BaseForward), Rule: rule}] = 0
+		r.Guests[Guest{Host: family.chain(FilterTable, DockerUser), Rule: rule}] = 0
+	}
+	for _, rule := range r.Chains[translate] {
+		if rule.Mark == 0 && !rule.UDP { // the one is kube-proxy's, the other a part of the rule behind it
+			rule.Verdict = Accept
+			r.Guests[Guest{Host: family.chain(NatTable, BasePostrouting), Rule: rule}] = 0
+		}
+	}
+}
+
+// forward returns the rules by which packets from and to pods may be forwarded.
+func forward(network netip.Prefix) []Rule {
+	return []Rule{{Src: network, Verdict: Accept}, {Dst: network, Verdict: Accept}}
+}
+
 // nat returns the rules of the nat chain for one family. Each names source and destination in full, so that at no
-// moment of a change does one rule depend on another that is not there yet, but for the first and the multicast ones,
-// which stand, and are written, before those that masquerade.
+// moment of a change does one rule depend on another that is not there yet, but for the first and those of multicast
+// and of what is not masqueraded, which stand, and are written, before those that masquerade.
 func (c Config) nat(network netip.Prefix) []Rule {
-	own := c.own(network)
+	own := inFamily(c.Subnets, network)
 	rules := []Rule{
 		{Mark: kubeProxyMark, Verdict: Return},
 		{Src: network, Dst: network, Verdict: Return},
@@ -74,6 +137,12 @@ func (c Config) nat(network netip.Prefix) []Rule {
 			Rule{Src: s, Dst: multicast(network.Addr()), Verdict: Return},
 			// A pod here sees who calls it: the reply comes back through this node in any case.
 			Rule{Src: network, NotSrc: true, Dst: s, Verdict: Return})
+		for _, outside := range inFamily(c.NonMasquerade, network) {
+			if outside.Bits() == 0 {
+				outside = netip.Prefix{} // no packet filter prints a match that matches everything
+			}
+			rules = append(rules, Rule{Src: s, Dst: outside, Verdict: Return})
+		}
 	}
 	// The reply of a pod on another node would go to the caller directly, past the tunnel it came by.
 	rules = append(rules, c.masquerade(Rule{Src: network, NotSrc: true, Dst: network})...)
@@ -83,13 +152,14 @@ func (c Config) nat(network netip.Prefix) []Rule {
 	return rules
 }
 
-func (c Config) own(network netip.Prefix) (own []netip.Prefix) {
-	for _, s := range c.Subnets {
-		if FamilyOf(s.Addr()) == FamilyOf(network.Addr()) {
-			own = append(own, s)
+// inFamily returns those of prefixes that are of the same family as network.
+func inFamily(prefixes []netip.Prefix, network netip.Prefix) (same []netip.Prefix) {
+	for _, p := range prefixes {
+		if FamilyOf(p.Addr()) == FamilyOf(network.Addr()) {
+			same = append(same, p)
 		}
 	}
-	return own
+	return same
 }
 
 func (c Config) masquerade(match Rule) []Rule {

@@ -65,6 +65,113 @@ iptables -t nat -A POSTROUTING # -j TWEED-POSTRTG
 	}
 }
 
+func TestFreshNodeGetsItsTables(t *testing.T) {
+	c := dualStack(t)
+	c.Network, c.Form = network(t, "10.244.0.0/16"), NFTables
+	c.NonMasquerade = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
+	want := strings.NewReplacer("#", "comment tweed", "%", "masquerade fully-random comment tweed",
+		"UDP", "meta l4proto udp masquerade to :8473-65535 fully-random comment tweed").Replace(`nft add table ip tweed
+nft add chain ip tweed translate
+nft insert rule ip tweed translate meta mark and 0x4000 == 0x4000 return #
+nft add rule ip tweed translate index 0 ip saddr 10.244.0.0/16 ip daddr 10.244.0.0/16 return #
+nft add rule ip tweed translate index 1 ip saddr 10.244.3.0/24 ip daddr 224.0.0.0/4 return #
+nft add rule ip tweed translate index 2 ip saddr != 10.244.0.0/16 ip daddr 10.244.3.0/24 return #
+nft add rule ip tweed translate index 3 ip saddr 10.244.3.0/24 ip daddr 192.0.2.0/24 return #
+nft add rule ip tweed translate index 4 ip saddr != 10.244.0.0/16 ip daddr 10.244.0.0/16 UDP
+nft add rule ip tweed translate index 5 ip saddr != 10.244.0.0/16 ip daddr 10.244.0.0/16 %
+nft add rule ip tweed translate index 6 ip saddr 10.244.3.0/24 ip daddr != 10.244.0.0/16 UDP
+nft add rule ip tweed translate index 7 ip saddr 10.244.3.0/24 ip daddr != 10.244.0.0/16 %
+nft 'add chain ip tweed postrouting { type nat hook postrouting priority 101 ; } ; ` +
+		`flush chain ip tweed postrouting ; add rule ip tweed postrouting jump translate #'
+nft add rule ip filter FORWARD ip daddr 10.244.0.0/16 accept #
+nft add rule ip filter FORWARD ip saddr 10.244.0.0/16 accept #
+`)
+	have := Ruleset{Hosts: map[Chain]Host{
+		IPv4.chain(FilterTable, BaseForward): {}, IPv4.chain(FilterTable, DockerUser): {End: 1},
+		IPv4.chain(NatTable, BasePostrouting): {},
+	}}
+	if got := commands(Diff(c.Desired(), have)); got != want {
+		t.Errorf("got:\n%s\nwant:\n%s", got, want)
+	}
+}
+
+// Guests accept, so where others decide after them they must not be; and what is gone from in front of them takes them
+// with it.
+func TestGuestsOvertakeNoMoreThanTheyMust(t *testing.T) {
+	c := dualStack(t)
+	c.Form = NFTables
+	forward, user, nat := IPv4.chain(FilterTable, BaseForward), IPv4.chain(FilterTable, DockerUser),
+		IPv4.chain(NatTable, BasePostrouting)
+	now := Ruleset{}
+	guests := func(hosts map[Chain]Host, want map[Chain]int) {
+		t.Helper()
+		now.Hosts = hosts
+		for _, op := range Diff(c.Desired(), now) {
+			if err := now.Apply(op); err != nil {
+				t.Fatalf("%s: %v", op, err)
+			}
+		}
+		got := map[Chain]int{}
+		for g := range now.Guests {
+			got[g.Host]++
+		}
+		if !maps.Equal(got, want) {
+			t.Errorf("with %v: guests %v, want %v", hosts, got, want)
+		}
+	}
+	guests(nil, map[Chain]int{})
+	guests(map[Chain]Host{forward: {}, user: {End: 1}, nat: {End: 1}}, map[Chain]int{forward: 2})
+	guests(map[Chain]Host{forward: {}, user: {End: 1, Harms: true}, nat: {End: 1, Harms: true}},
+		map[Chain]int{forward: 2, user: 2, nat: 5})
+	guests(map[Chain]Host{forward: {}, user: {}, nat: {}}, map[Chain]int{forward: 2})
+}
+
+// At every moment of a change of form, one of the two is there as a whole.
+func TestFormChangesWithoutAGap(t *testing.T) {
+	whole := func(want, now Ruleset) bool {
+		for c, rules := range want.Chains {
+			if !slices.Equal(now.Chains[c], rules) {
+				return false
+			}
+		}
+		for j := range want.Jumps {
+			if j.From != DockerUser && !now.Jumps[j] {
+				return false
+			}
+		}
+		for g := range want.Guests {
+			if _, there := now.Guests[g]; g.Host.Name == BaseForward && !there {
+				return false
+			}
+		}
+		return true
+	}
+	forms := map[Form]Config{IPTables: dualStack(t), NFTables: dualStack(t)}
+	for from, to := range map[Form]Form{IPTables: NFTables, NFTables: IPTables} {
+		before, after := forms[from], forms[to]
+		before.Form, after.Form = from, to
+		now := Ruleset{Hosts: map[Chain]Host{
+			IPv4.chain(FilterTable, BaseForward): {}, IPv6.chain(FilterTable, BaseForward): {},
+		}}
+		for _, op := range Diff(before.Desired(), now) {
+			if err := now.Apply(op); err != nil {
+				t.Fatalf("%s: %v", op, err)
+			}
+		}
+		for _, op := range Diff(after.Desired(), now) {
+			if err := now.Apply(op); err != nil {
+				t.Fatalf("%s: %v", op, err)
+			}
+			if !whole(before.Desired(), now) && !whole(after.Desired(), now) {
+				t.Errorf("from %s to %s: neither is whole after %s", from, to, op)
+			}
+		}
+		if now.Has(from) || !now.Has(to) {
+			t.Errorf("from %s to %s: %+v", from, to, now)
+		}
+	}
+}
+
 func TestFamilyThatTheNetworkLacksGetsNoRules(t *testing.T) {
 	c := dualStack(t)
 	c.Network = network(t, "fd00:10:244::/48")
@@ -82,7 +189,8 @@ func TestFamilyThatTheNetworkLacksGetsNoRules(t *testing.T) {
 
 func TestRuleThatTakesEveryPacketIsOvertaken(t *testing.T) {
 	want := dualStack(t).Desired()
-	ops := commands(Diff(want, Ruleset{Ends: map[Chain]int{{IPv4, FilterTable, BaseForward}: 3}}))
+	have := Ruleset{Hosts: map[Chain]Host{IPv4.chain(FilterTable, BaseForward): {End: 3, Harms: true}}}
+	ops := commands(Diff(want, have))
 	for _, line := range []string{
 		"iptables -t filter -I FORWARD 3 -m comment --comment tweed -j TWEED-FWD\n",
 		"ip6tables -t filter -A FORWARD -m comment --comment tweed -j TWEED-FWD\n",
@@ -101,7 +209,9 @@ iptables -t nat -D POSTROUTING -m comment --comment tweed -j TWEED-POSTRTG
 iptables -t filter -F TWEED-FWD && iptables -t filter -X TWEED-FWD
 iptables -t nat -F TWEED-POSTRTG && iptables -t nat -X TWEED-POSTRTG
 `
-	if got := commands(Diff(Ruleset{}, c.Desired())); got != want {
+	have := c.Desired()
+	delete(have.Jumps, Jump{Chain: IPv4.chain(FilterTable, Forward), From: DockerUser})
+	if got := commands(Diff(Ruleset{}, have)); got != want {
 		t.Errorf("got:\n%s\nwant:\n%s", got, want)
 	}
 }
@@ -120,10 +230,23 @@ func TestTranslatedPacketsNeverLeaveFromTheTunnelsPort(t *testing.T) {
 // drawRuleset draws from few rules, so that chains share, repeat and reorder them.
 func drawRuleset(t *rapid.T, label string) Ruleset {
 	some := dualStackRules()
-	r := Ruleset{Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}}
-	for _, c := range []Chain{{IPv4, FilterTable, Forward}, {IPv4, NatTable, Postrouting}, {IPv6, NatTable, Postrouting}} {
+	r := Ruleset{
+		Tables: map[Table]bool{}, Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}, Guests: map[Guest]uint64{},
+		Hosts: map[Chain]Host{IPv6.chain(FilterTable, BaseForward): {End: rapid.IntRange(0, 3).Draw(t, label+" end")}},
+	}
+	if rapid.Bool().Draw(t, label+" has guest") {
+		r.Guests[Guest{Host: IPv6.chain(FilterTable, BaseForward), Rule: rapid.SampledFrom(some).Draw(t, label)}] = 0
+	}
+	for _, c := range []Chain{
+		IPv4.chain(FilterTable, Forward), IPv4.chain(NatTable, Postrouting),
+		{Family: IPv4, Table: NatTable, Name: Postrouting, Variant: Legacy},
+		IPv6.chain(NatTable, Postrouting), IPv6.chain(OwnTable, Translate),
+	} {
 		if !rapid.Bool().Draw(t, label+" has chain") {
 			continue
+		}
+		if c.Form() == NFTables {
+			r.Tables[c.table()] = true
 		}
 		r.Chains[c] = rapid.SliceOfN(rapid.SampledFrom(some), 0, 8).Draw(t, label)
 		if rapid.Bool().Draw(t, label+" has jump") {
@@ -165,7 +288,8 @@ func TestDiffReachesWantFromAnyHave(t *testing.T) {
 				t.Fatalf("%s: %v", op, err)
 			}
 		}
-		if !maps.EqualFunc(want.Chains, now.Chains, slices.Equal) || !maps.Equal(want.Jumps, now.Jumps) {
+		if !maps.EqualFunc(want.Chains, now.Chains, slices.Equal) || !maps.Equal(want.Jumps, now.Jumps) ||
+			!maps.Equal(want.Tables, now.Tables) || !maps.Equal(want.Guests, now.Guests) {
 			t.Fatalf("reached %v\nwant %v", now, want)
 		}
 		if ops := Diff(want, now); len(ops) > 0 {

@@ -2,8 +2,10 @@ package masq
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"tweed.dev/tweed/backend"
@@ -11,22 +13,56 @@ import (
 
 // A Ruleset is what a host's packet filter holds of ours, or should hold.
 type Ruleset struct {
+	// Tables are those of ours, which only nftables has.
+	Tables map[Table]bool
 	// Chains are those of ours, each with its rules in order.
 	Chains map[Chain][]Rule
 	// Jumps are the ways into them that packets can get to.
 	Jumps map[Jump]bool
-	// Ends tells, for a base chain of the kernel that has one, the place of the first rule that takes every packet,
-	// counted from 1. It is only ever read from a host.
-	Ends map[Chain]int
+	// Guests are the rules of ours in chains of others that packets can get to, each with the handle by which nftables
+	// knows it, or 0.
+	Guests map[Guest]uint64
+
+	// What follows is only ever read from a host.
+
+	// Hosts are the chains of others that jumps or guests of ours stand in, or could.
+	Hosts map[Chain]Host
+	// Handles are the numbers by which nftables knows the rules of Chains, in the same order.
+	Handles map[Chain][]uint64
+	// Drops names what drops packets of pods although everything is as desired, one sentence each.
+	Drops []string
 }
 
-// Len is the number of chains, rules and jumps in r.
+// A Host is a chain of others.
+type Host struct {
+	// End is the place of the first rule that takes every packet, counted from 1; 0 if there is none.
+	End int
+	// Harms is set where that rule drops or translates.
+	Harms bool
+}
+
+// Len is the number of tables, chains, rules and jumps in r, but for what only some hosts need.
 func (r Ruleset) Len() int {
-	n := len(r.Chains) + len(r.Jumps)
+	n := len(r.Tables) + len(r.Chains)
+	for j := range r.Jumps {
+		if j.From != DockerUser {
+			n++
+		}
+	}
 	for _, rules := range r.Chains {
 		n += len(rules)
 	}
 	return n
+}
+
+// Has reports whether r holds a chain of ours in one form.
+func (r Ruleset) Has(form Form) bool {
+	for c := range r.Chains {
+		if c.Form() == form {
+			return true
+		}
+	}
+	return false
 }
 
 // Family is an address family, which has a packet filter of its own: 4 or 6.
@@ -46,7 +82,7 @@ func FamilyOf(a netip.Addr) Family {
 	return IPv6
 }
 
-// Command names the program that changes the family's packet filter.
+// Command names the program that changes the family's packet filter, in the variant in use.
 func (f Family) Command() string {
 	if f == IPv4 {
 		return "iptables"
@@ -54,14 +90,60 @@ func (f Family) Command() string {
 	return "ip6tables"
 }
 
+// NFT is the family in nftables' words.
+func (f Family) NFT() string {
+	if f == IPv4 {
+		return "ip"
+	}
+	return "ip6"
+}
+
+// A Table is a table of ours in nftables.
+type Table struct {
+	Family Family
+	Name   string
+}
+
+// A Variant is one of the two programs that are called iptables. Neither sees the other's chains.
+type Variant string
+
+// The variants (xtables-nft(8), xtables-legacy(8)).
+const (
+	NFT    Variant = "nft"    // keeps its chains in nftables
+	Legacy Variant = "legacy" // the older one
+)
+
+// Command names the program that changes a family's packet filter; Family.Command for the variant in use.
+func (v Variant) Command(f Family) string {
+	if v == "" {
+		return f.Command()
+	}
+	return f.Command() + "-" + string(v)
+}
+
 // A Chain is one chain of one table.
 type Chain struct {
 	Family Family
 	Table  string
 	Name   string
+	// Variant is that of iptables which holds the chain, where one is meant; empty for the one in use, and in nftables.
+	Variant Variant
 }
 
-// A Jump leads from one of the kernel's own chains into a chain of ours, in the same table.
+// Form returns the form that a chain of ours belongs to.
+func (c Chain) Form() Form {
+	if c.Table == OwnTable {
+		return NFTables
+	}
+	return IPTables
+}
+
+func (f Family) chain(table, name string) Chain { return Chain{Family: f, Table: table, Name: name} }
+
+func (c Chain) table() Table { return Table{c.Family, c.Table} }
+
+// A Jump leads from one of the kernel's own chains into a chain of ours, in the same table. In a table of ours the
+// chain that it leads from is part of it.
 type Jump struct {
 	Chain Chain
 	From  string
@@ -70,11 +152,21 @@ type Jump struct {
 }
 
 // Base returns the chain that j leads from.
-func (j Jump) Base() Chain { return Chain{j.Chain.Family, j.Chain.Table, j.From} }
+func (j Jump) Base() Chain { return Chain{j.Chain.Family, j.Chain.Table, j.From, j.Chain.Variant} }
 
 // Args returns what makes up the rule in iptables' words.
 func (j Jump) Args() []string {
 	return []string{"-m", "comment", "--comment", Comment, "-j", j.Chain.Name}
+}
+
+// A Guest is a rule of ours in a chain of others, in nftables.
+type Guest struct {
+	Host Chain
+	Rule Rule
+	// At is the place to insert it at, counted from 1; 0 is the end. Handle is nftables' number for the one to delete.
+	// Both are part of an operation and not of a Ruleset.
+	At     int
+	Handle uint64
 }
 
 // Verdict is what happens to a packet that a Rule matches.
@@ -134,12 +226,51 @@ func (r Rule) Args() []string {
 	return args
 }
 
+// Words returns r in the words of nft, as it is known in one family.
+func (r Rule) Words(family Family) []string {
+	var words []string
+	prefix := func(field string, p netip.Prefix, not bool) {
+		if !p.IsValid() {
+			return
+		}
+		words = append(words, family.NFT(), field)
+		if not {
+			words = append(words, "!=")
+		}
+		words = append(words, p.String())
+	}
+	if r.Mark != 0 {
+		words = append(words, "meta", "mark", "and", fmt.Sprintf("%#x", r.Mark), "==", fmt.Sprintf("%#x", r.Mark))
+	}
+	prefix("saddr", r.Src, r.NotSrc)
+	prefix("daddr", r.Dst, r.NotDst)
+	if r.UDP {
+		words = append(words, "meta", "l4proto", "udp")
+	}
+	words = append(words, strings.ToLower(string(r.Verdict)))
+	if r.Ports != (PortRange{}) {
+		words = append(words, "to", fmt.Sprintf(":%d-%d", r.Ports.First, r.Ports.Last))
+	}
+	if r.Verdict == Masquerade {
+		words = append(words, "fully-random")
+	}
+	return append(words, "comment", Comment)
+}
+
 // An Entry is a Rule in its place.
 type Entry struct {
 	Chain Chain
 	At    int // counted from 1, at the moment of the operation
 	Rule  Rule
+	// Handle is nftables' number for a rule to delete.
+	Handle uint64
 }
+
+// Kind implements backend.Object.
+func (Table) Kind() string { return "filter" }
+
+// Kind implements backend.Object.
+func (Guest) Kind() string { return "filter" }
 
 // Kind implements backend.Object.
 func (Chain) Kind() string { return "filter" }
@@ -151,8 +282,22 @@ func (Jump) Kind() string { return "filter" }
 func (Entry) Kind() string { return "filter" }
 
 // Command implements backend.Object.
-func (c Chain) Command(do backend.Verb, _ backend.Object) string {
+func (t Table) Command(do backend.Verb, _ backend.Object) string {
+	verb := "add"
 	if do == backend.Delete {
+		verb = "delete"
+	}
+	return fmt.Sprintf("nft %s table %s %s", verb, t.Family.NFT(), t.Name)
+}
+
+// Command implements backend.Object.
+func (c Chain) Command(do backend.Verb, _ backend.Object) string {
+	switch {
+	case c.Form() == NFTables && do == backend.Delete:
+		return c.nft("flush chain", c.Name) + " && " + c.nft("delete chain", c.Name)
+	case c.Form() == NFTables:
+		return c.nft("add chain", c.Name)
+	case do == backend.Delete:
 		return c.command("-F", c.Name) + " && " + c.command("-X", c.Name)
 	}
 	return c.command("-N", c.Name)
@@ -161,6 +306,8 @@ func (c Chain) Command(do backend.Verb, _ backend.Object) string {
 // Command implements backend.Object.
 func (j Jump) Command(do backend.Verb, _ backend.Object) string {
 	switch {
+	case j.Chain.Form() == NFTables:
+		return j.nft(do)
 	case do == backend.Delete:
 		return j.Chain.command("-D", j.From, j.Args()...)
 	case j.At == 0:
@@ -169,23 +316,69 @@ func (j Jump) Command(do backend.Verb, _ backend.Object) string {
 	return j.Chain.command("-I", fmt.Sprintf("%s %d", j.From, j.At), j.Args()...)
 }
 
+// nft is one command, because packets take their way as soon as the chain is there.
+func (j Jump) nft(do backend.Verb) string {
+	from := fmt.Sprintf("%s %s %s", j.Chain.Family.NFT(), j.Chain.Table, j.From)
+	if do == backend.Delete {
+		return fmt.Sprintf("nft 'flush chain %s ; delete chain %s'", from, from)
+	}
+	return fmt.Sprintf("nft 'add chain %s { type nat hook %s priority %d ; } ; flush chain %s ; "+
+		"add rule %s jump %s comment %s'", from, j.From, NatPriority, from, from, j.Chain.Name, Comment)
+}
+
 // Command implements backend.Object.
 func (e Entry) Command(do backend.Verb, _ backend.Object) string {
 	place := fmt.Sprintf("%s %d", e.Chain.Name, e.At)
-	if do == backend.Delete {
+	switch {
+	case e.Chain.Form() == NFTables:
+		return e.nft(do)
+	case do == backend.Delete:
 		return e.Chain.command("-D", place)
 	}
 	return e.Chain.command("-I", place, e.Rule.Args()...)
 }
 
+func (e Entry) nft(do backend.Verb) string {
+	words := e.Rule.Words(e.Chain.Family)
+	switch {
+	case do == backend.Delete:
+		return e.Chain.nft("delete rule", e.Chain.Name, "handle", strconv.FormatUint(e.Handle, 10))
+	case e.At == 1:
+		return e.Chain.nft("insert rule", e.Chain.Name, words...)
+	}
+	// nft counts from 0, and adds behind the rule that it is given.
+	return e.Chain.nft("add rule", fmt.Sprintf("%s index %d", e.Chain.Name, e.At-2), words...)
+}
+
+// Command implements backend.Object.
+func (g Guest) Command(do backend.Verb, _ backend.Object) string {
+	words := g.Rule.Words(g.Host.Family)
+	switch {
+	case do == backend.Delete:
+		return g.Host.nft("delete rule", g.Host.Name, "handle", strconv.FormatUint(g.Handle, 10))
+	case g.At == 0:
+		return g.Host.nft("add rule", g.Host.Name, words...)
+	}
+	return g.Host.nft("insert rule", fmt.Sprintf("%s index %d", g.Host.Name, g.At-1), words...)
+}
+
 func (c Chain) command(do, what string, args ...string) string {
-	words := append([]string{c.Family.Command(), "-t", c.Table, do, what}, args...)
+	words := append([]string{c.Variant.Command(c.Family), "-t", c.Table, do, what}, args...)
+	return strings.Join(words, " ")
+}
+
+func (c Chain) nft(do, what string, args ...string) string {
+	words := append([]string{"nft", do, c.Family.NFT(), c.Table, what}, args...)
 	return strings.Join(words, " ")
 }
 
 // Apply changes r as op would change a packet filter that holds r, and refuses what a packet filter would refuse.
 func (r *Ruleset) Apply(op backend.Op) error {
 	switch o := op.What.(type) {
+	case Table:
+		return r.applyTable(op.Do, o)
+	case Guest:
+		return r.applyGuest(op.Do, o)
 	case Chain:
 		return r.applyChain(op.Do, o)
 	case Jump:
@@ -194,6 +387,45 @@ func (r *Ruleset) Apply(op backend.Op) error {
 		return r.applyEntry(op.Do, o)
 	}
 	return fmt.Errorf("a packet filter holds no %s", op.What.Kind())
+}
+
+func (r *Ruleset) applyTable(do backend.Verb, t Table) error {
+	if do != backend.Delete {
+		if r.Tables[t] {
+			return fmt.Errorf("table %s %s already exists", t.Family.NFT(), t.Name)
+		}
+		if r.Tables == nil {
+			r.Tables = map[Table]bool{}
+		}
+		r.Tables[t] = true
+		return nil
+	}
+	if !r.Tables[t] {
+		return fmt.Errorf("no table %s %s", t.Family.NFT(), t.Name)
+	}
+	delete(r.Tables, t) // and all that is in it
+	maps.DeleteFunc(r.Chains, func(c Chain, _ []Rule) bool { return c.table() == t })
+	maps.DeleteFunc(r.Jumps, func(j Jump, _ bool) bool { return j.Chain.table() == t })
+	return nil
+}
+
+func (r *Ruleset) applyGuest(do backend.Verb, g Guest) error {
+	g.At, g.Handle = 0, 0
+	_, known := r.Hosts[g.Host]
+	_, there := r.Guests[g]
+	switch {
+	case do == backend.Delete && !there:
+		return fmt.Errorf("no such rule in %s", g.Host.Name)
+	case do == backend.Delete:
+		delete(r.Guests, g)
+	case !known:
+		return fmt.Errorf("no chain %s", g.Host.Name)
+	case r.Guests == nil:
+		r.Guests = map[Guest]uint64{g: 0}
+	default:
+		r.Guests[g] = 0
+	}
+	return nil
 }
 
 func (r *Ruleset) applyChain(do backend.Verb, c Chain) error {
@@ -212,6 +444,9 @@ func (r *Ruleset) applyChain(do backend.Verb, c Chain) error {
 	}
 	if there {
 		return fmt.Errorf("chain %s already exists", c.Name)
+	}
+	if c.Form() == NFTables && !r.Tables[c.table()] {
+		return fmt.Errorf("no table %s %s", c.Family.NFT(), c.Table)
 	}
 	if r.Chains == nil {
 		r.Chains = map[Chain][]Rule{}

@@ -52,8 +52,8 @@ func MAC(node string) backend.MAC {
 // Judge refuses a lease that this backend cannot reach. What no two nodes may share is the VTEP's MAC: the FDB is keyed
 // by it.
 func (c Config) Judge(l subnet.Lease) (identity string, err error) {
-	if l.Backend != Name {
-		return "", fmt.Errorf("backend %q where this node has %q: all nodes must run the same backend", l.Backend, Name)
+	if err := backend.CheckType(l, Name); err != nil {
+		return "", err
 	}
 	d, err := c.parse(l.Data)
 	if err != nil {
@@ -75,10 +75,7 @@ func (c Config) Judge(l subnet.Lease) (identity string, err error) {
 
 // DeviceMTU is that of the device, and so of pods, in bytes. The kernel refuses one that the uplink has no room for.
 func (c Config) DeviceMTU(up backend.Uplink) int {
-	mtu := up.MTU
-	if c.MTU != 0 && (c.MTU < mtu || mtu == 0) {
-		mtu = c.MTU
-	}
+	mtu := up.MTUWithin(c.MTU)
 	if up.Local.Is4() {
 		return mtu - overhead4
 	}
@@ -86,7 +83,8 @@ func (c Config) DeviceMTU(up backend.Uplink) int {
 }
 
 // Desired is what this node's kernel must hold to reach peers, given its own leases. The peers' leases have passed
-// Judge.
+// Judge. Those on up's Segment get a plain route, each family by itself. They keep their entries on the device, so that
+// to change over, in either direction, is to replace one route.
 func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.State {
 	dev := DeviceName(c.VNI)
 	s := backend.State{
@@ -105,7 +103,7 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 	}
 	for _, l := range peers {
 		if d, err := c.parse(l.Data); err == nil {
-			reach(s, dev, l, d.MAC)
+			reach(s, dev, l, d.MAC, up.Segment)
 		}
 	}
 	return s
@@ -133,7 +131,7 @@ func ownAddr(dev string, first netip.Addr) backend.Addr {
 }
 
 // reach adds to s what leads to one lease of a peer.
-func reach(s backend.State, dev string, l subnet.Lease, mac backend.MAC) {
+func reach(s backend.State, dev string, l subnet.Lease, mac backend.MAC, segment backend.Segment) {
 	fdb := backend.FDBKey{Dev: dev, MAC: mac}
 	s.FDB[fdb] = backend.FDBEntry{FDBKey: fdb, Dst: l.Host, Peer: l.Node}
 
@@ -145,6 +143,9 @@ func reach(s backend.State, dev string, l subnet.Lease, mac backend.MAC) {
 	}
 	neigh := backend.NeighKey{Dev: dev, Addr: gateway}
 	s.Neighs[neigh] = backend.Neigh{NeighKey: neigh, MAC: mac, Peer: l.Node}
-	route := backend.RouteKey{Table: backend.MainTable, Dst: l.Subnet}
-	s.Routes[route] = backend.Route{RouteKey: route, Dev: dev, Via: gateway, Onlink: onlink, Peer: l.Node}
+	route, direct := segment.Route(l)
+	if !direct {
+		route.Dev, route.Via, route.Onlink = dev, gateway, onlink
+	}
+	s.Routes[route.RouteKey] = route
 }

@@ -23,6 +23,25 @@ func uplink(local string) backend.Uplink {
 	return backend.Uplink{Devs: []string{"eth0"}, Local: netip.MustParseAddr(local), MTU: 1500}
 }
 
+// near has an uplink with these addresses and the networks that they are in on its link.
+func near(up backend.Uplink, addrs ...string) backend.Uplink {
+	eth0 := backend.Interface{Name: "eth0", Up: true}
+	for _, a := range addrs {
+		p := netip.MustParsePrefix(a)
+		up.Addrs = append(up.Addrs, p.Addr())
+		eth0.Addrs, eth0.Ways = append(eth0.Addrs, p), append(eth0.Ways, backend.Way{Dst: p.Masked()})
+	}
+	up.Segment = backend.NewSegment([]backend.Interface{eth0}, up)
+	return up
+}
+
+func published(l subnet.Lease, addrs ...string) subnet.Lease {
+	for _, a := range addrs {
+		l.NodeAddrs = append(l.NodeAddrs, netip.MustParseAddr(a))
+	}
+	return l
+}
+
 func lease(node, pods, host string) subnet.Lease {
 	return subnet.Lease{
 		Node: node, Subnet: netip.MustParsePrefix(pods), Host: netip.MustParseAddr(host),
@@ -79,6 +98,21 @@ node-7: ip route add 10.244.7.0/24 via 10.244.7.0 dev tweed.16777215 onlink prot
 			`local 192.0.2.11 nolearning
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0`,
 	}, {
+		name:   "a neighbour of which one address is known",
+		config: config("node-3", 4),
+		up:     near(uplink("192.0.2.11"), "192.0.2.11/24", "2001:db8::11/64"),
+		peers: []subnet.Lease{
+			published(lease("node-7", "10.244.7.0/24", "192.0.2.17"), "192.0.2.17"),
+			published(lease("node-7", "fd00:10:244:7::/64", "192.0.2.17"), "192.0.2.17")},
+		want: `ip link add tweed.1 group 116 address 46:ee:d0:cd:28:c6 mtu 1450 up type vxlan id 1 dstport 8472 ` +
+			`local 192.0.2.11 dev eth0 nolearning
+sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
+node-7: ip neigh replace 10.244.7.0 lladdr 1e:d0:b4:61:31:5a dev tweed.1 nud permanent
+node-7: ip neigh replace fe80::1cd0:b4ff:fe61:315a lladdr 1e:d0:b4:61:31:5a dev tweed.1 nud permanent
+node-7: bridge fdb replace 1e:d0:b4:61:31:5a dev tweed.1 dst 192.0.2.17 self permanent
+node-7: ip route add 10.244.7.0/24 via 192.0.2.17 dev eth0 proto 116
+node-7: ip -6 route add fd00:10:244:7::/64 via fe80::1cd0:b4ff:fe61:315a dev tweed.1 proto 116`,
+	}, {
 		name:   "peer that was not judged",
 		config: config("node-3", 4),
 		up:     uplink("192.0.2.11"),
@@ -118,7 +152,8 @@ func accept(t *testing.T, want backend.State, ops []backend.Op) {
 	t.Helper()
 	ctx, f := context.Background(), kernel.NewFake()
 	for _, dev := range []string{"eth0", "eth1"} {
-		f.SetInterface(backend.Interface{Name: dev, MTU: 1500, Up: true})
+		f.SetInterface(backend.Interface{Name: dev, MTU: 1500, Up: true,
+			Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.11/24")}})
 	}
 	for _, op := range ops {
 		if err := f.Apply(ctx, op); err != nil {

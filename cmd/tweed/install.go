@@ -16,6 +16,8 @@ import (
 const (
 	imagePlugins = "/usr/lib/tweed/cni"
 	hostPlugins  = "/opt/cni/bin"
+	// defaultConfDir is where they look for what to call.
+	defaultConfDir = "/etc/cni/net.d"
 )
 
 // ourPlugin is replaced by each version of tweed.

@@ -48,8 +48,8 @@ func rootCommand() *cobra.Command {
 		Long: `tweed gives every node a subnet for its pods and lets pods on different nodes reach one
 another with their own addresses, over VXLAN and without NAT.
 
-A node runs "tweed run", and "tweed install" once before it. Other commands look, and change
-nothing; but "tweed lab" builds a cluster to play with.`,
+A node runs "tweed run", and "tweed install" once before it; "tweed cleanup" takes away what they
+have made. Other commands look, and change nothing; but "tweed lab" builds a cluster to play with.`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return flagDefaults(cmd, flagsFile) },
@@ -58,7 +58,8 @@ nothing; but "tweed lab" builds a cluster to play with.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(runCommand(), planCommand(), subnetCommand(), installCommand(), labCommand(), versionCommand())
+	root.AddCommand(runCommand(), planCommand(), subnetCommand(), installCommand(), cleanupCommand(), labCommand(),
+		versionCommand())
 	return root
 }
 

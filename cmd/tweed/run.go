@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"runtime/debug"
@@ -38,20 +39,26 @@ func (o *options) complain(ctx context.Context, log *slog.Logger, why error) {
 }
 
 // run is the daemon.
-func (o *options) run(ctx context.Context, log *slog.Logger, cniConfDir string) error {
+func (o *options) run(ctx context.Context, log *slog.Logger, cniConfDir, metricsAddress string) error {
+	if metricsAddress != "" {
+		if err := overlay.CheckMetricsAddress(metricsAddress); err != nil {
+			return fmt.Errorf("--metrics-address %w", err)
+		}
+	}
 	p, done, err := o.planner(log, readWrite)
 	if err != nil {
 		return err
 	}
 	defer done()
 	r := overlay.NewReconciler(p, overlay.CNIConf{Dir: cniConfDir, RunDir: o.runDir}, version, log)
+	r.MetricsAddress = metricsAddress
 	r.Announcer, _ = p.Publisher.(overlay.Announcer) // a directory has nowhere to announce anything
 	return r.Run(ctx)
 }
 
 func runCommand() *cobra.Command {
 	var o options
-	var cniConfDir string
+	var cniConfDir, metricsAddress string
 	var verbose bool
 	cmd := &cobra.Command{
 		Use:   "run",
@@ -61,7 +68,7 @@ and keep the VXLAN device, the bridge, routes and packet filter as they have to 
 
 On a Kubernetes node the leases are annotations of Node objects; elsewhere give --single-node,
 or --leases for machines that share a directory. Ending the daemon takes nothing away: pods stay
-connected. 127.0.0.1:9479 answers /healthz, /readyz, /report and /leases.`,
+connected. 127.0.0.1:9479 answers /healthz, /readyz, /report, /leases and /metrics.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			level := slog.LevelInfo
@@ -74,7 +81,7 @@ connected. 127.0.0.1:9479 answers /healthz, /readyz, /report and /leases.`,
 				debug.SetGCPercent(50)
 			}
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level}))
-			err := o.run(cmd.Context(), log, cniConfDir)
+			err := o.run(cmd.Context(), log, cniConfDir, metricsAddress)
 			if err != nil {
 				o.complain(cmd.Context(), log, err)
 			}
@@ -82,8 +89,11 @@ connected. 127.0.0.1:9479 answers /healthz, /readyz, /report and /leases.`,
 		},
 	}
 	o.addTo(cmd.Flags())
-	cmd.Flags().StringVar(&cniConfDir, "cni-conf-dir", "/etc/cni/net.d",
+	cmd.Flags().StringVar(&cniConfDir, "cni-conf-dir", defaultConfDir,
 		"where the container runtime looks for CNI configuration")
+	cmd.Flags().StringVar(&metricsAddress, "metrics-address", "",
+		"HOST:PORT to serve /metrics at, and nothing else, such as :9480 (default: nowhere but on 127.0.0.1:9479, because "+
+			"whoever reaches the port can read them)")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log more than changes and problems")
 	return cmd
 }

@@ -23,7 +23,6 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/yaml"
 
-	"tweed.dev/tweed/backend/vxlan"
 	"tweed.dev/tweed/overlay"
 	"tweed.dev/tweed/subnet"
 	"tweed.dev/tweed/subnet/kube"
@@ -240,17 +239,19 @@ func newStatus(list subnet.List, cfg *overlay.Config) status {
 // judge settles the leases as a node does that has none itself. What family the underlay has is for the oldest lease
 // to say where the configuration leaves it open.
 func judge(leases []subnet.Lease, cfg overlay.Config) []subnet.Problem {
-	vx := vxlan.Config{VNI: cfg.Backend.VNI, Port: cfg.Backend.Port, Underlay: cfg.Underlay}
-	if vx.Underlay == 0 && len(leases) > 0 {
+	underlay := cfg.Underlay
+	if underlay == 0 && len(leases) > 0 {
 		oldest := slices.MinFunc(leases, func(a, b subnet.Lease) int {
 			return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Node, b.Node))
 		})
-		vx.Underlay = 6
+		underlay = 6
 		if oldest.Host.Is4() {
-			vx.Underlay = 4
+			underlay = 4
 		}
 	}
-	rules := subnet.Rules{Network: cfg.Network, ExactLength: cfg.SubnetSource == subnet.OriginLease, Judge: vx.Judge}
+	rules := subnet.Rules{
+		Network: cfg.Network, ExactLength: cfg.SubnetSource == subnet.OriginLease, Judge: cfg.Judge(underlay),
+	}
 	_, problems := subnet.Settle("", rules, leases)
 	return problems
 }

@@ -117,9 +117,12 @@ func legacyIptables() bool {
 	return err == nil && !bytes.Contains(version, []byte("nf_tables"))
 }
 
+// shadow begins the names of directories that are made by preferLegacy.
+const shadow = ".iptables-"
+
 // preferLegacy makes a directory where iptables is the older one. The daemon's image has both, whatever the host has.
 func preferLegacy(runDir string) (dir string, err error) {
-	if dir, err = os.MkdirTemp(runDir, ".iptables-"); err != nil {
+	if dir, err = os.MkdirTemp(runDir, shadow); err != nil {
 		return "", err
 	}
 	for _, name := range []string{"iptables", "ip6tables"} {

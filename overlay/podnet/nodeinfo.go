@@ -19,6 +19,9 @@ import (
 // DefaultRunDir is where daemon and plugin keep what must not outlive a boot.
 const DefaultRunDir = "/run/tweed"
 
+// LockName is the file in the run directory that a daemon holds the lock of.
+const LockName = "daemon.lock"
+
 // nodeInfoVersion is the form of node.json that this package writes, and the only one that it reads.
 const nodeInfoVersion = 1
 
@@ -40,7 +43,7 @@ type NodeInfo struct {
 	Subnets  []netip.Prefix `json:"subnets"`
 	// Gateways are the bridge's addresses, one for each of Subnets.
 	Gateways []netip.Addr `json:"gateways"`
-	// Bridge is the link that pods are ports of, Device the one that reaches other nodes.
+	// Bridge is the link that pods are ports of, Device the one of ours that reaches other nodes; "" where none is needed.
 	Bridge string `json:"bridge"`
 	Device string `json:"device"`
 	// MTU is that of the pods' interfaces, in bytes.

@@ -186,6 +186,9 @@ func Status(c Config) error {
 	if _, err := host.bridge(info); err != nil {
 		return fail(types.ErrLimitedConnectivity, "%v", err)
 	}
+	if info.Device == "" {
+		return nil
+	}
 	if _, err := host.link(info.Device); errors.Is(err, unix.ENODEV) {
 		return fail(types.ErrLimitedConnectivity, "device %s is missing, so other nodes' pods cannot be reached; the "+
 			"tweed daemon makes it: see that it runs, and what it logs", info.Device)

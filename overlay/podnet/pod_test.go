@@ -611,6 +611,11 @@ func TestNodeIsNotReady(t *testing.T) {
 	n.publish(n.info)
 	n.Run(t, "ip link del tweed.1")
 	want("no device", 51, "tweed.1")
+	info = n.info
+	info.Device = ""
+	n.publish(info)
+	want("no device is needed", 0, "")
+	n.publish(n.info)
 	n.Run(t, "ip link add tweed.1 type bridge")
 	want("device again", 0, "")
 	n.Run(t, "ip link del tweed0")
