@@ -38,7 +38,7 @@ func (s *suite) haunt(t *testing.T, g ghostNode, words ...string) {
 	t.Helper()
 	s.CreateNode(t, g.name, nil, nil, g.annotations)
 	for _, n := range s.nodes {
-		s.awaitProblem(t, n, g.name, words...)
+		awaitProblem(t, n, g.name, words...)
 	}
 	if r := s.nodes[0].SubnetStatus(t); r.Status != 2 || contains(r.Stdout, append(words, g.name)...) != nil {
 		t.Errorf("subnet status: status %d, want 2; %v\n%s%s", r.Status, contains(r.Stdout, append(words, g.name)...),
@@ -50,7 +50,7 @@ func (s *suite) haunt(t *testing.T, g ghostNode, words ...string) {
 }
 
 // awaitProblem waits until a node names another, or itself, in Problems with these words, and is ready all the same.
-func (s *suite) awaitProblem(t *testing.T, n *cluster.Node, about string, words ...string) {
+func awaitProblem(t *testing.T, n *cluster.Node, about string, words ...string) {
 	t.Helper()
 	cluster.Await(t, fmt.Sprintf("%s to name %s with %q", n.Name, about, words), func() error {
 		r, err := n.Report()
@@ -144,7 +144,7 @@ func (s *suite) oneSubnetTwice(t *testing.T) {
 	taken := podCIDRs(2)
 	s.faultyNode(t, taken, []string{taken[0], "n2"}, func(*cluster.Node) {
 		for _, n := range s.nodes {
-			s.awaitProblem(t, n, "n5", taken[0], taken[1], "n2")
+			awaitProblem(t, n, "n5", taken[0], taken[1], "n2")
 		}
 	})
 	g := ghost(66)

@@ -140,7 +140,7 @@ func (s *suite) hostOverride(t *testing.T) {
 	override(fmt.Sprintf("%q", other))
 	reachedBy(other)
 	override(`"198.51.100.300"`)
-	s.awaitProblem(t, n, n.Name, "tweed.dev/host-override", "198.51.100.300", other.String())
+	awaitProblem(t, n, n.Name, "tweed.dev/host-override", "198.51.100.300", other.String())
 	reachedBy(other)
 	override("null")
 	s.awaitPeers(t)

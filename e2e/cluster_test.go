@@ -131,14 +131,7 @@ func (s *suite) awaitPeers(t *testing.T) {
 	t.Helper()
 	for _, n := range s.Nodes {
 		n.AwaitReady(t)
-		want := 2 * (len(s.Nodes) - 1)
-		cluster.Await(t, fmt.Sprintf("%d peer leases on %s", want, n.Name), func() error {
-			r, err := n.Report()
-			if err == nil && (r.Peers != want || !r.Converged) {
-				err = fmt.Errorf("it has %d, converged %v, problems %v", r.Peers, r.Converged, r.Problems)
-			}
-			return err
-		})
+		awaitPeerCount(t, n, 2*(len(s.Nodes)-1))
 	}
 }
 

@@ -161,9 +161,10 @@ func (c *crowd) allReachAll(t *testing.T) {
 	}
 }
 
+// awaitPeerCount waits until a node reaches so many leases of others.
 func awaitPeerCount(t *testing.T, n *cluster.Node, want int) {
 	t.Helper()
-	cluster.Await(t, fmt.Sprintf("%d peers on %s", want, n.Name), func() error {
+	cluster.Await(t, fmt.Sprintf("%d peer leases on %s", want, n.Name), func() error {
 		r, err := n.Report()
 		if err == nil && (r.Peers != want || !r.Converged) {
 			err = fmt.Errorf("it has %d, converged %v, problems %v", r.Peers, r.Converged, r.Problems)
@@ -428,27 +429,12 @@ func (l *leasing) podCIDRsAppear(t *testing.T) {
 	l.undisturbed(t, func() {
 		l.PatchNode(t, n.Name, `{"spec":{"podCIDR":"10.244.77.0/24","podCIDRs":["10.244.77.0/24"]}}`)
 		words := []string{"spec.podCIDRs of node n2 is 10.244.77.0/24", "has leased is " + before, "which stays"}
-		awaitOwnProblem(t, n, words...)
+		awaitProblem(t, n, n.Name, words...)
 		awaitEvent(t, l.Cluster, n.Name, "LeaseProblem", words...)
 	})
 	if now := l.subnets(t, n); now != before {
 		t.Errorf("the lease is %q, and was %q", now, before)
 	}
-}
-
-// awaitOwnProblem waits until a node names itself in a Problem with these words, and is ready all the same.
-func awaitOwnProblem(t *testing.T, n *cluster.Node, words ...string) {
-	t.Helper()
-	cluster.Await(t, fmt.Sprintf("%s to say %q", n.Name, words), func() error {
-		r, err := n.Report()
-		if err != nil {
-			return err
-		}
-		if !r.Converged {
-			return errors.New("it has not converged")
-		}
-		return contains(strings.Join(r.Names(n.Name), "\n"), words...)
-	})
 }
 
 func (l *leasing) recordRemoved(t *testing.T) {
@@ -501,7 +487,7 @@ func (l *leasing) networkMoves(t *testing.T) {
 	state := n.State(t)
 	l.undisturbed(t, func() {
 		n.Configure(t, movedSubnets)
-		awaitOwnProblem(t, n, "10.244.0.0/16", "10.96.0.0/12")
+		awaitProblem(t, n, n.Name, "10.244.0.0/16", "10.96.0.0/12")
 		n.Daemon.Stop(t, syscall.SIGTERM)
 		n.StartDaemon(t)
 		awaitUnready(t, n, "10.244.0.0/16", "10.96.0.0/12")
@@ -523,7 +509,7 @@ func (l *leasing) subnetIsGone(t *testing.T) {
 	l.CreateNode(t, "heir", nil, nil, map[string]string{"tweed.dev/subnets": before})
 	l.Register(t, n)
 	words := []string{"pods on this node still have addresses of", strings.Split(before, ",")[0], "restart these pods"}
-	awaitOwnProblem(t, n, words...)
+	awaitProblem(t, n, n.Name, words...)
 	awaitEvent(t, l.Cluster, n.Name, "PodsAffected", words...)
 	if now := l.subnets(t, n); now == before || now == "" {
 		t.Errorf("the lease is %q, which another Node has", now)
@@ -578,5 +564,42 @@ func (c *crowd) start(t *testing.T, late time.Duration) {
 		if n.Daemon.LogContains("subnet leased") == nil {
 			t.Errorf("%s has leased a subnet", n.Name)
 		}
+	}
+}
+
+// TestLeasesOfOtherSizes has two nodes lease from networks that are not of the usual sizes and families.
+func TestLeasesOfOtherSizes(t *testing.T) {
+	for name, c := range map[string]struct {
+		netConf  string
+		possible []string // both are taken
+	}{
+		"SixOfThirtyAddresses": {`{"Network": "192.168.64.0/24", "SubnetLen": 27, "SubnetMin": "192.168.64.32",
+			"SubnetMax": "192.168.64.192", "Reserved": ["192.168.64.64/26", "192.168.64.128/26"], "SubnetSource": "lease"}`,
+			[]string{"192.168.64.32/27", "192.168.64.192/27"}},
+		"IPv6Alone": {`{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:10:244::/79", "IPv6SubnetLen": 80,
+			"SubnetSource": "lease"}`,
+			[]string{"fd00:10:244::/80", "fd00:10:244:0:1::/80"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := &leasing{crowd{cluster.Start(t, programs(t))}}
+			for i := range 2 {
+				n := l.AddNode(t, fmt.Sprintf("n%d", i+1))
+				n.Configure(t, c.netConf)
+				n.StartDaemon(t)
+			}
+			var got []string
+			for _, n := range l.Nodes {
+				n.AwaitReady(t)
+				awaitPeerCount(t, n, 1)
+				n.AddPod(t, "pod1")
+				got = append(got, l.subnets(t, n))
+			}
+			slices.Sort(got)
+			slices.Sort(c.possible)
+			if !slices.Equal(got, c.possible) {
+				t.Errorf("leased are %v, want %v", got, c.possible)
+			}
+			l.podsReach(t)
+		})
 	}
 }

@@ -31,23 +31,6 @@ const (
 // nfMessage returns the head of a message about one family.
 func nfMessage(family uint8) message { return message{family, unix.NFNETLINK_V0, 0, 0} }
 
-func (m *message) be32(typ uint16, v uint32) { m.bytes(typ, binary.BigEndian.AppendUint32(nil, v)) }
-func (m *message) be64(typ uint16, v uint64) { m.bytes(typ, binary.BigEndian.AppendUint64(nil, v)) }
-
-func getBE32(v []byte) uint32 {
-	if len(v) < 4 {
-		return 0
-	}
-	return binary.BigEndian.Uint32(v)
-}
-
-func getBE64(v []byte) uint64 {
-	if len(v) < 8 {
-		return 0
-	}
-	return binary.BigEndian.Uint64(v)
-}
-
 // nfBody returns what follows the head of an answer.
 func nfBody(b []byte) []byte { return b[min(len(b), sizeofNfgenmsg):] }
 

@@ -107,9 +107,11 @@ func (m *message) bytes(typ uint16, v []byte) {
 	}
 }
 
-func (m *message) u8(typ uint16, v uint8)   { m.bytes(typ, []byte{v}) }
-func (m *message) u32(typ uint16, v uint32) { m.bytes(typ, binary.NativeEndian.AppendUint32(nil, v)) }
-func (m *message) be16(typ, v uint16)       { m.bytes(typ, binary.BigEndian.AppendUint16(nil, v)) }
+func (m *message) u8(typ uint16, v uint8)    { m.bytes(typ, []byte{v}) }
+func (m *message) u32(typ uint16, v uint32)  { m.bytes(typ, binary.NativeEndian.AppendUint32(nil, v)) }
+func (m *message) be16(typ, v uint16)        { m.bytes(typ, binary.BigEndian.AppendUint16(nil, v)) }
+func (m *message) be32(typ uint16, v uint32) { m.bytes(typ, binary.BigEndian.AppendUint32(nil, v)) }
+func (m *message) be64(typ uint16, v uint64) { m.bytes(typ, binary.BigEndian.AppendUint64(nil, v)) }
 func (m *message) string(typ uint16, v string) {
 	m.bytes(typ, append([]byte(v), 0))
 }
@@ -165,6 +167,20 @@ func getBE16(v []byte) uint16 {
 		return 0
 	}
 	return binary.BigEndian.Uint16(v)
+}
+
+func getBE32(v []byte) uint32 {
+	if len(v) < 4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(v)
+}
+
+func getBE64(v []byte) uint64 {
+	if len(v) < 8 {
+		return 0
+	}
+	return binary.BigEndian.Uint64(v)
 }
 
 func getString(v []byte) string { return unix.ByteSliceToString(v) }

@@ -20,11 +20,14 @@ const (
 	BackendData = prefix + subnet.FieldData
 	Network     = prefix + subnet.FieldNetwork
 	// Claim stands only while a node takes a lease. Peers ignore it.
-	Claim = prefix + "claim"
+	Claim = prefix + subnet.FieldClaim
 	// An operator writes these two. HostOverride is an address to publish in place of the node's first, behind NAT.
 	HostOverride = prefix + "host-override"
 	Sources      = prefix + subnet.FieldSources
 )
+
+// lasting lists what stays on a Node for as long as it holds a lease.
+func lasting() []string { return []string{Subnets, Host, Backend, BackendData, Network} }
 
 // Parse reads what a Node publishes. A Node without our annotations publishes nothing, which is no Problem, and one that
 // has just leased a subnet, nothing yet.

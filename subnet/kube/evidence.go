@@ -18,11 +18,10 @@ const pageSize = 200
 
 // evidence is what was last seen of all Nodes by whoever has to know where subnets come from.
 type evidence struct {
-	of     types.UID     // of this node's Node at that time
-	given  string        // a Node that has podCIDRs, "" if none has
-	oldest time.Time     // when the oldest Node was created
-	age    time.Duration // of the oldest Node at that time, by the server's clock
-	next   time.Time     // when to look again, by the clock here; zero for never
+	of    types.UID     // of this node's Node at that time
+	given string        // a Node that has podCIDRs, "" if none has
+	age   time.Duration // of the oldest Node at that time, by the server's clock
+	next  time.Time     // when to look again, by the clock here; zero for never
 }
 
 // decide says where this node's subnets come from. OriginAuto means that this is open, for the reason why; then it can be
@@ -69,23 +68,28 @@ func (l *lessor) look(ctx context.Context, uid types.UID) error {
 		return nil
 	}
 	seen := evidence{of: uid}
+	var oldest time.Time // creation of a Node
 	for options := (metav1.ListOptions{Limit: pageSize}); ; {
-		page := &corev1.NodeList{}
-		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
-		err := l.core.Get().Resource("nodes").VersionedParams(&options, l.params).Do(ctx).Into(page)
-		cancel()
+		page, err := l.page(ctx, options)
 		if err != nil {
-			return explain("list", "nodes", l.server, err)
+			return err
 		}
-		seen.add(page.Items)
+		for _, n := range page.Items {
+			if _, given := podCIDRTexts(&n); len(given) > 0 {
+				seen.given = n.Name
+			}
+			if created := n.CreationTimestamp.Time; oldest.IsZero() || created.Before(oldest) {
+				oldest = created
+			}
+		}
 		if options.Continue = page.Continue; options.Continue == "" || seen.given != "" {
 			break
 		}
 	}
-	if seen.oldest.IsZero() {
+	if oldest.IsZero() {
 		return errors.New("the API server lists no Node at all, not even this one")
 	}
-	seen.age = l.clock.now().Sub(seen.oldest)
+	seen.age = l.clock.now().Sub(oldest)
 	if _, again := (subnet.Evidence{AnyPodCIDRs: seen.given != "", Oldest: seen.age}).Decide(); again > 0 {
 		seen.next = time.Now().Add(again)
 	}
@@ -93,14 +97,13 @@ func (l *lessor) look(ctx context.Context, uid types.UID) error {
 	return nil
 }
 
-func (e *evidence) add(nodes []corev1.Node) {
-	for i := range nodes {
-		n := &nodes[i]
-		if _, given := podCIDRTexts(n); len(given) > 0 {
-			e.given = n.Name
-		}
-		if created := n.CreationTimestamp.Time; e.oldest.IsZero() || created.Before(e.oldest) {
-			e.oldest = created
-		}
+// page lists some Nodes, whole.
+func (l *lessor) page(ctx context.Context, options metav1.ListOptions) (*corev1.NodeList, error) {
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	page := &corev1.NodeList{}
+	if err := l.core.Get().Resource("nodes").VersionedParams(&options, l.params).Do(ctx).Into(page); err != nil {
+		return nil, explain("list", "nodes", l.server, err)
 	}
+	return page, nil
 }

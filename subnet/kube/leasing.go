@@ -3,7 +3,6 @@ package kube
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
@@ -12,7 +11,6 @@ import (
 	"sync"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -118,7 +116,7 @@ func (l *lessor) conclude(origin subnet.Origin, why error) {
 func (l *lessor) take(ctx context.Context, obj object) time.Duration {
 	if l.leased == obj.uid && obj.annotations[Subnets] == "" { // the watch may be behind
 		var err error
-		if obj, err = l.read(ctx); err != nil {
+		if obj, err = l.fresh(ctx); err != nil {
 			return pauseLast
 		}
 	}
@@ -156,7 +154,7 @@ func (l *lessor) take(ctx context.Context, obj object) time.Duration {
 		if !sleep(ctx, pause) {
 			return 0
 		}
-		if obj, err = l.read(ctx); err != nil {
+		if obj, err = l.fresh(ctx); err != nil {
 			return l.pause
 		}
 		if origin, _, _ := l.decide(ctx, obj); origin != subnet.OriginLease {
@@ -196,7 +194,7 @@ func (l *lessor) do(ctx context.Context, own subnet.Standing, step subnet.Step) 
 			return own, nil, ctx.Err()
 		}
 		var obj object
-		if obj, err = l.read(ctx); err == nil {
+		if obj, err = l.fresh(ctx); err == nil {
 			own = standingOfOwn(l.node, obj)
 		}
 	}
@@ -253,25 +251,18 @@ func (l *lessor) dropClaim(ctx context.Context, obj object) time.Duration {
 func (l *lessor) patch(
 	ctx context.Context, own subnet.Standing, at subnet.Version, annotations map[string]any,
 ) (subnet.Standing, error) {
-	body, err := json.Marshal(map[string]any{"metadata": map[string]any{
-		"uid": at.UID, "resourceVersion": at.Resource, "annotations": annotations,
-	}})
-	if err != nil {
-		return own, err
-	}
-	m, err := l.meta.Patch(ctx, l.node, types.MergePatchType, body, *l.patchOptions())
+	m, err := l.patchAnnotations(ctx, version{uid: types.UID(at.UID), resource: at.Resource}, annotations)
 	if err != nil {
 		return own, l.explainWrite("lease a subnet for", "nodes", err)
 	}
 	return standingOf(&m.ObjectMeta), nil
 }
 
-// read asks the server for this node's Node as it is now.
-func (l *lessor) read(ctx context.Context) (object, error) {
+// fresh is this node's Node as the server has it now.
+func (l *lessor) fresh(ctx context.Context) (object, error) {
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
-	n := &corev1.Node{}
-	err := l.core.Get().Resource("nodes").Name(l.node).Do(ctx).Into(n)
+	n, err := l.read(ctx)
 	switch {
 	case apierrors.IsNotFound(err):
 		return object{}, errNotNow

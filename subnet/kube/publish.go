@@ -2,11 +2,8 @@ package kube
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net/netip"
-
-	"k8s.io/apimachinery/pkg/types"
 
 	"tweed.dev/tweed/subnet"
 )
@@ -54,13 +51,7 @@ func (s *Source) annotate(ctx context.Context, v version, want map[string]string
 	if len(diff) == 0 {
 		return v, nil
 	}
-	metadata := v.precondition()
-	metadata["annotations"] = diff
-	body, err := json.Marshal(map[string]any{"metadata": metadata})
-	if err != nil {
-		return v, err
-	}
-	m, err := s.meta.Patch(ctx, s.node, types.MergePatchType, body, *s.patchOptions())
+	m, err := s.patchAnnotations(ctx, v, diff)
 	if err != nil {
 		return v, err
 	}
@@ -72,7 +63,7 @@ func (s *Source) annotate(ctx context.Context, v version, want map[string]string
 // difference is the part of a JSON merge patch (RFC 7396) that makes want of have: nil takes an annotation away.
 func difference(have, want map[string]string) map[string]any {
 	diff := map[string]any{}
-	for _, key := range []string{Subnets, Host, Backend, BackendData, Network} {
+	for _, key := range lasting() {
 		now, is := have[key]
 		then, shall := want[key]
 		switch {

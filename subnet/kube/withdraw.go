@@ -2,17 +2,11 @@ package kube
 
 import (
 	"context"
-	"encoding/json"
 	"log/slog"
 
-	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 )
-
-// daemons lists the annotations that daemons write. All others are an operator's.
-var daemons = [...]string{Subnets, Host, Backend, BackendData, Network, Claim}
 
 // withdrawals is how often Withdraw reads a Node that others keep changing.
 const withdrawals = 5
@@ -25,8 +19,8 @@ func Published(ctx context.Context, cfg *rest.Config, node string) ([]string, er
 	}
 	ctx, cancel := context.WithTimeout(s.quiet(ctx), s.patience)
 	defer cancel()
-	v, err := s.read(ctx)
-	return v.published(), err
+	v, err := s.latest(ctx)
+	return v.daemons(), err
 }
 
 // Withdraw takes the daemon's annotations away from a Node, in one PATCH that names the uid and resourceVersion it was
@@ -41,10 +35,14 @@ func Withdraw(ctx context.Context, cfg *rest.Config, node string) error {
 	defer cancel()
 	for range withdrawals {
 		var v version
-		if v, err = s.read(ctx); err != nil || len(v.published()) == 0 {
+		if v, err = s.latest(ctx); err != nil || len(v.daemons()) == 0 {
 			return err
 		}
-		if err = s.withdraw(ctx, v); !isStale(err) && !apierrors.IsNotFound(err) {
+		gone := map[string]any{}
+		for _, key := range v.daemons() {
+			gone[key] = nil
+		}
+		if _, err = s.patchAnnotations(ctx, v, gone); !isStale(err) && !apierrors.IsNotFound(err) {
 			break
 		}
 	}
@@ -54,38 +52,21 @@ func Withdraw(ctx context.Context, cfg *rest.Config, node string) error {
 	return nil
 }
 
-// withdraw takes away what the Node publishes at version v.
-func (s *Source) withdraw(ctx context.Context, v version) error {
-	gone := map[string]any{}
-	for _, key := range v.published() {
-		gone[key] = nil
-	}
-	metadata := v.precondition()
-	metadata["annotations"] = gone
-	body, err := json.Marshal(map[string]any{"metadata": metadata})
-	if err != nil {
-		return err
-	}
-	_, err = s.meta.Patch(ctx, s.node, types.MergePatchType, body, *s.patchOptions())
-	return err
-}
-
-// read asks for the Node; the version is the zero one where there is none.
-func (s *Source) read(ctx context.Context) (version, error) {
-	n := &corev1.Node{}
-	err := s.core.Get().Resource("nodes").Name(s.node).Do(ctx).Into(n)
-	if apierrors.IsNotFound(err) {
+// latest is the Node's version as the server has it; the zero one where there is no Node.
+func (s *Source) latest(ctx context.Context) (version, error) {
+	n, err := s.read(ctx)
+	switch {
+	case apierrors.IsNotFound(err):
 		return version{}, nil
-	}
-	if err != nil {
+	case err != nil:
 		return version{}, explain("get", "nodes", s.server, err)
 	}
 	return versionOf(n), nil
 }
 
-// published lists the daemon's annotations that are there.
-func (v version) published() (keys []string) {
-	for _, key := range daemons {
+// daemons lists the daemon's annotations that are there.
+func (v version) daemons() (keys []string) {
+	for _, key := range append(lasting(), Claim) {
 		if _, there := v.annotations[key]; there {
 			keys = append(keys, key)
 		}

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -9,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // manager is how the API server records whose a field is.
@@ -32,8 +34,8 @@ func (s *Source) write(ctx context.Context, what, resource string, change change
 	defer cancel()
 	after, err := change(ctx, have)
 	if isStale(err) {
-		n := &corev1.Node{}
-		if err = s.core.Get().Resource("nodes").Name(s.node).Do(ctx).Into(n); err == nil {
+		var n *corev1.Node
+		if n, err = s.read(ctx); err == nil {
 			have, _ = s.self.current() // another write may have been answered meanwhile
 			after, err = change(ctx, versionOf(n))
 		}
@@ -63,6 +65,25 @@ func (s *Source) explainWrite(what, resource string, err error) error {
 		err = fmt.Errorf("no answer in %v", s.patience)
 	}
 	return fmt.Errorf("cannot %s node %s: %w", what, s.node, explain("patch", resource, s.server, err))
+}
+
+// read asks the server for this node's Node as it is now.
+func (s *Source) read(ctx context.Context) (*corev1.Node, error) {
+	n := &corev1.Node{}
+	return n, s.core.Get().Resource("nodes").Name(s.node).Do(ctx).Into(n)
+}
+
+// patchAnnotations changes some annotations of this node's Node, if it is at version v; nil takes one away.
+func (s *Source) patchAnnotations(
+	ctx context.Context, v version, changes map[string]any,
+) (*metav1.PartialObjectMetadata, error) {
+	metadata := v.precondition()
+	metadata["annotations"] = changes
+	body, err := json.Marshal(map[string]any{"metadata": metadata})
+	if err != nil {
+		return nil, err
+	}
+	return s.meta.Patch(ctx, s.node, types.MergePatchType, body, *s.patchOptions())
 }
 
 // precondition names the very object, and the version of it, that a PATCH is made for.
