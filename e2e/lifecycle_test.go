@@ -426,19 +426,13 @@ func (k *kube) uninstalled(t *testing.T) {
 // leftovers is what there is of tweed on a host and its Node, by what it is.
 func (k *kube) leftovers(t *testing.T, h *cluster.Host) map[string]string {
 	t.Helper()
-	left := map[string]string{"iptables-nft": ""}
+	left := map[string]string{"nftables": ours(t, h, "nft list ruleset")}
 	for _, command := range []string{
 		"ip -o link show group 116", "ip route show table all proto 116",
 	} {
 		left[command] = h.NetNS.Run(t, command)
 	}
-	for _, form := range []string{"nft", "legacy"} {
-		for line := range strings.Lines(h.NetNS.Run(t, "iptables-"+form+"-save") + h.NetNS.Run(t, "ip6tables-"+form+"-save")) {
-			if strings.Contains(strings.ToLower(line), "tweed") {
-				left["iptables-"+form] += line
-			}
-		}
-	}
+	left["iptables-legacy"] = ours(t, h, "iptables-legacy-save", "ip6tables-legacy-save")
 	// The directory itself is where cleanup's container has it mounted.
 	for _, path := range []string{"/run/tweed/*", conflist, "/opt/cni/bin/tweed-cni"} {
 		found, err := filepath.Glob(h.Path(path))
