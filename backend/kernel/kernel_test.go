@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/netip"
@@ -361,7 +362,14 @@ func FuzzParsers(f *testing.F) {
 		r.end()
 		r.jumps()
 		textOf(r.exprs)
+		r.still()
 		parseNFTChain(b)
+		_, _ = parseSaved(bytes.NewReader(b), masq.IPv4)
+		for _, family := range families() {
+			_, _ = parseLegacy(layoutOf(family), b[:min(len(b), sizeofIptInfo)], b[min(len(b), sizeofIptInfo):])
+		}
+		heardFilter(syscall.NetlinkMessage{
+			Header: syscall.NlMsghdr{Type: nftType(unix.NFT_MSG_NEWRULE)}, Data: b})
 		for typ := range uint16(200) {
 			(&watcher{uplink: func(string) bool { return true }, links: map[int]link{}, addrs: map[addrAt]uint32{},
 				forwarding: map[[2]int]uint32{}}).heard(syscall.NetlinkMessage{

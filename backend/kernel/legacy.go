@@ -187,6 +187,9 @@ func (e xtEntry) verdict() int { return int(int32(getU32(e.value))) }
 // name, and ends with one that returns, as a chain of the kernel's ends with its policy.
 func parseLegacy(l xtLayout, info, all []byte) (legacyTable, error) {
 	t := legacyTable{chains: map[string][]string{}, drops: map[string]bool{}}
+	if len(info) < sizeofIptInfo {
+		return t, errCutOff
+	}
 	var entries []xtEntry
 	begins := map[int]string{} // chains by the place of their first entry
 	ends := map[int]bool{}
