@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/common/model"
 
 	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/subnet"
 )
 
@@ -190,6 +191,10 @@ type unreadable struct{ Kernel }
 
 func (unreadable) Observe(context.Context, backend.State) (backend.Observed, error) {
 	return backend.Observed{}, errors.New("no buffer space available")
+}
+
+func (unreadable) ObserveFilter(context.Context, masq.Ruleset) (masq.Ruleset, error) {
+	return masq.Ruleset{}, errors.New("no buffer space available")
 }
 
 func TestDriftIsRepairedOnlyAtTheSecondTry(t *testing.T) {

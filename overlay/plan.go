@@ -1,7 +1,9 @@
 package overlay
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -56,6 +58,10 @@ type Plan struct {
 	Problems []subnet.Problem
 	// Blocked is set where something that this node itself needs cannot be had.
 	Blocked bool
+	// Unread counts the halves, network state and packet filter, that could not be read, and for which no Ops are planned.
+	// Blind is set where it is the network state.
+	Unread int
+	Blind  bool
 	// Peers, Wanted and Found count leases of other nodes and objects in the kernel.
 	Peers, Wanted, Found int
 	// Again is set where the kernel should hold what it should have held by the plan before. Then Ops repair drift, but for
@@ -150,31 +156,60 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 			Node: in.node.Name, Kind: subnet.KindLease, Text: stale.For + staleSuffix})
 	}
 
+	if err := p.compare(ctx, want, &plan); err != nil {
+		return Plan{}, err
+	}
+	plan.Again, p.renewed = !p.renewed, plan.Unread > 0
+	plan.Grown, p.grown = p.grown, nil
+	return plan, nil
+}
+
+// compare holds the kernel against want. Neither of the two halves waits for the other: where one cannot be read, a
+// Problem says so, and the other is planned. It fails where neither can be read.
+func (p *Planner) compare(ctx context.Context, want desired, plan *Plan) error {
+	node := p.last.node.Name
+	plan.Wanted = want.state.Len() + want.filter.Len()
+	filterErr := p.compareFilter(ctx, want, plan)
+	stateErr := p.compareState(ctx, want, plan)
+	if filterErr != nil && stateErr != nil {
+		return errors.Join(filterErr, stateErr)
+	}
+	if err := cmp.Or(filterErr, stateErr); err != nil {
+		plan.Problems = append(plan.Problems, subnet.Problem{Node: node, Kind: subnet.KindKernel, Text: err.Error()})
+		plan.Unread, plan.Blocked, plan.Blind = 1, true, stateErr != nil
+	}
+	return nil
+}
+
+func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) error {
 	rules, err := p.Kernel.ObserveFilter(ctx, want.filter)
 	if err != nil {
-		return Plan{}, fmt.Errorf("reading the packet filter: %w", err)
-	}
-	have, err := p.Kernel.Observe(ctx, want.state)
-	if err != nil {
-		return Plan{}, fmt.Errorf("reading the kernel's network state: %w", err)
+		return fmt.Errorf("reading the packet filter: %w", err)
 	}
 	for _, drop := range rules.Drops {
-		plan.Problems = append(plan.Problems, subnet.Problem{Node: in.node.Name, Kind: subnet.KindPods, Text: drop})
+		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindPods, Text: drop})
+	}
+	plan.Ops = append(plan.Ops, masq.Diff(want.filter, rules)...)
+	plan.Found += rules.Len()
+	return nil
+}
+
+func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) error {
+	have, err := p.Kernel.Observe(ctx, want.state)
+	if err != nil {
+		return fmt.Errorf("reading the kernel's network state: %w", err)
 	}
 	ops, problems := backend.Diff(want.state, have)
-	plan.Ops = append(masq.Diff(want.filter, rules), ops...)
+	plan.Ops = append(plan.Ops, ops...)
 	for _, pr := range problems {
 		if pr.Node == "" {
-			pr.Node, plan.Blocked = in.node.Name, true
+			pr.Node, plan.Blocked = p.last.node.Name, true
 		}
 		plan.Problems = append(plan.Problems, pr)
 	}
 	plan.Barred = want.barred(problems, have.Strangers)
-	plan.Again, p.renewed = !p.renewed, false
-	plan.Grown, p.grown = p.grown, nil
-	plan.Wanted = want.state.Len() + want.filter.Len()
-	plan.Found = have.Len() + rules.Len()
-	return plan, nil
+	plan.Found += have.Len()
+	return nil
 }
 
 // inputs gathers what the desired state depends on. Where the node or the uplink cannot be told any more, those of the

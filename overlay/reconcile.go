@@ -134,7 +134,7 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 		}
 	}
 	res := apply(ctx, r.planner.Kernel, plan.Ops)
-	rep.count(plan, res, r.report.Load().owed)
+	rep.count(plan, res, *r.report.Load())
 	rep.Peers, rep.Wanted, rep.Found = plan.Peers, plan.Wanted, plan.Found
 	rep.Problems = append(append([]subnet.Problem{}, plan.Problems...), res.problems...)
 	rep.Converged = !plan.Blocked && !res.blocked && ctx.Err() == nil

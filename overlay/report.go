@@ -56,9 +56,11 @@ type lack struct {
 	noLease bool // no lease of this node stands
 }
 
-// count takes in what came of a plan's operations; owed is that of the report before.
-func (r *Report) count(plan Plan, res result, owed map[string]bool) {
-	t, owes := res.tally(plan, owed)
+// count takes in what came of a plan's operations after the report before. A half that could not be read is worth another
+// try soon.
+func (r *Report) count(plan Plan, res result, before Report) {
+	t, owes := res.tally(plan, before.owed)
+	r.Failed = plan.Unread
 	for o, n := range t.ops {
 		switch o.result {
 		case done:
@@ -76,6 +78,9 @@ func (r *Report) count(plan Plan, res result, owed map[string]bool) {
 	r.census = census{
 		own: len(plan.Self), refused: plan.Refused, nodes: plan.Nodes, programmed: res.programmed(plan),
 		subnets: plan.Info.Subnets,
+	}
+	if plan.Blind { // as far as is known
+		r.census.programmed = min(before.census.programmed, plan.Nodes)
 	}
 }
 

@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os/exec"
-
-	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
 )
@@ -37,47 +34,9 @@ func (k *Kernel) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
 	have := emptyRuleset()
 	errs := []error{k.nft.observeAll(&have)}
 	for _, v := range variants() {
-		if k.mayHold(v) {
-			errs = append(errs, k.iptables(v).observeAll(ctx, &have))
-		}
+		errs = append(errs, k.filters[v].observeAll(ctx, v, &have))
 	}
 	return have, errors.Join(errs...)
-}
-
-// variants lists the variants of iptables whose programs are here; where neither is, an iptables that has no other name
-// may be.
-func variants() (all []masq.Variant) {
-	for _, v := range []masq.Variant{masq.NFT, masq.Legacy} {
-		if _, err := exec.LookPath(v.Command(masq.IPv4)); err == nil {
-			all = append(all, v)
-		}
-	}
-	if all == nil {
-		return []masq.Variant{""}
-	}
-	return all
-}
-
-// mayHold reports whether chains of ours may be in a variant of iptables. It asks the kernel: a host without any needs
-// no iptables.
-func (k *Kernel) mayHold(v masq.Variant) bool {
-	return v != masq.Legacy && k.nft.iptables() || v != masq.NFT && hasLegacyTables()
-}
-
-// observeAll adds to have what is ours, and trusts nothing that was read before. IPv6 may be missing on a host, IPv4
-// may not.
-func (f *filter) observeAll(ctx context.Context, have *masq.Ruleset) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	now := f.begin()
-	var errs []error
-	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
-		if err := f.readFamily(ctx, family, now); err != nil && (family == masq.IPv4 || !cannotFilter(err)) {
-			errs = append(errs, err)
-		}
-	}
-	f.seen = now
-	return errors.Join(append(errs, f.translate(masq.Ruleset{}, have))...)
 }
 
 // observeAll adds to have what is ours, guests that packets do not get to too. A kernel without nftables holds nothing.
@@ -86,7 +45,7 @@ func (n *nftables) observeAll(have *masq.Ruleset) error {
 	defer n.mu.Unlock()
 	n.seen = nil
 	_, err := n.generation()
-	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EINVAL) { // nobody is there to answer
+	if isNobody(err) {
 		n.seen = &nftReading{}
 		return nil
 	}

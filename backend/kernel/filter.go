@@ -4,71 +4,81 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"os/exec"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
-	"time"
 
 	"github.com/coreos/go-iptables/iptables"
+	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
 )
 
+// lockWait is how long, in seconds, iptables waits for another program's change to end. What else a pass has to do waits
+// as long.
 const (
-	// lockWait is how long, in seconds, iptables waits for another program's change to end.
-	lockWait = 10
-	// trust is how long the packet filter counts as unchanged where the kernel would not tell of a change: nobody is
-	// watching, or iptables is of the older form (legacy).
-	trust = 30 * time.Second
-	// hint is a chain in mangle that each kubelet makes for others to see which iptables it uses (Kubernetes' KEP 3178).
-	hint = "KUBE-IPTABLES-HINT"
+	lockWait = 2
+	lockHeld = "xtables lock" // what iptables says, among other words, when that was not enough
 )
 
-// A filter is the packet filter by way of iptables, and what was last read of it. Reading starts a process for each chain, so at rest it
-// is not read.
+// A filter is the packet filter by way of one variant of iptables, and what was last read of it. To read starts a
+// process, so it is read only where the kernel says that there is something else than there was.
 type filter struct {
-	variant  masq.Variant  // of iptables, where one is meant
-	changes  atomic.Uint64 // how often the packet filter changed, or may have
-	watchers atomic.Int32  // how many tell of changes
+	kernel  *Kernel
+	variant masq.Variant
 
 	mu     sync.Mutex
-	tables map[masq.Family]*iptables.IPTables
-	legacy bool
-	seen   *reading // nil before the first
-	clean  bool     // nothing of ours was there when it was read last
+	sides  map[masq.Family]*side
+	tables map[masq.Family]*iptables.IPTables // for those families that were written
+	locked error                              // why nothing more is written in this pass
 }
 
-// A reading is what iptables printed.
-type reading struct {
-	at      time.Time
-	changes uint64                  // of filter, when it began
-	chains  map[masq.Chain][]string // of ours and of the kernel's, each line without "-A CHAIN"
-	exists  map[masq.Entry]bool     // whether iptables takes a rule for there that it spells otherwise
-}
-
-// A form is one way in which this host's packet filter is read and written.
+// A form is one way in which this host's packet filter is written.
 type form interface {
-	// observe adds to have what the packet filter holds of ours in this form.
-	observe(ctx context.Context, want masq.Ruleset, have *masq.Ruleset) error
 	apply(op backend.Op) error
 }
 
+// families are those that have a packet filter.
+func families() []masq.Family { return []masq.Family{masq.IPv4, masq.IPv6} }
+
+func newFilters(k *Kernel) map[masq.Variant]*filter {
+	all := map[masq.Variant]*filter{}
+	for _, v := range variants() {
+		all[v] = &filter{kernel: k, variant: v, sides: map[masq.Family]*side{}, tables: map[masq.Family]*iptables.IPTables{}}
+		for _, family := range families() {
+			all[v].sides[family] = &side{}
+		}
+	}
+	return all
+}
+
 // ObserveFilter reads what the packet filter holds of ours, in whichever form: the chains of package masq, and the ways
-// into them that packets get to. A rule reads as the one in want that it is, or as an unknown one.
+// into them that packets get to. A rule reads as the one in want that it is, or as an unknown one. Chains of ours in an
+// iptables that is not in use, because the host or its kubelet has changed from one to the other, have their Variant.
 func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Ruleset, error) {
 	have := emptyRuleset()
 	// A kernel without nftables holds nothing in that form.
 	if err := k.nft.observe(ctx, want, &have); err != nil && want.Has(masq.NFTables) {
 		return masq.Ruleset{}, err
 	}
-	if want.Has(masq.IPTables) || k.nft.iptables() || k.filter.mayHoldLegacy() {
-		if err := k.filter.observe(ctx, want, &have); err != nil {
-			return masq.Ruleset{}, err
+	ctx, hurry := context.WithTimeout(ctx, patience)
+	defer hurry()
+	for _, family := range families() {
+		var inUse masq.Variant
+		if want.Has(masq.IPTables) {
+			var err error
+			if inUse, err = k.chooseVariant(family); err != nil {
+				return masq.Ruleset{}, err
+			}
+		}
+		for _, v := range variants() {
+			as := v
+			if v == inUse {
+				as = ""
+			}
+			if err := k.filters[v].observe(ctx, family, as, want, &have); err != nil {
+				return masq.Ruleset{}, err
+			}
 		}
 	}
 	return have, nil
@@ -90,23 +100,7 @@ func (k *Kernel) formOf(what backend.Object) form {
 	if c.Form() == masq.NFTables {
 		return k.nft
 	}
-	return k.iptables(c.Variant)
-}
-
-// iptables returns the packet filter of one variant of iptables.
-func (k *Kernel) iptables(v masq.Variant) *filter {
-	if v == "" {
-		return k.filter
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.variants == nil {
-		k.variants = map[masq.Variant]*filter{}
-	}
-	if k.variants[v] == nil {
-		k.variants[v] = &filter{variant: v}
-	}
-	return k.variants[v]
+	return k.filters[k.variantOf(c)]
 }
 
 func emptyRuleset() masq.Ruleset {
@@ -116,53 +110,39 @@ func emptyRuleset() masq.Ruleset {
 	}
 }
 
-func (f *filter) observe(ctx context.Context, want masq.Ruleset, have *masq.Ruleset) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if !f.fresh() {
-		if err := f.read(ctx, want); err != nil {
-			return err
-		}
+// heardFilter reports whether m tells of a change of nftables, which iptables makes too in its newer form, where rules of
+// ours stand or may have to. What kube-proxy does with its own chains is none of our business.
+func heardFilter(m syscall.NetlinkMessage) bool {
+	if m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES {
+		return false
 	}
-	before := len(have.Chains)
-	err := f.translate(want, have)
-	f.clean = len(have.Chains) == before
-	return err
+	switch b := nfBody(m.Data); m.Header.Type & 0xff {
+	case unix.NFT_MSG_NEWCHAIN, unix.NFT_MSG_DELCHAIN:
+		c := parseNFTChain(m.Data)
+		return concerns(c.table, c.name) || c.base && c.hook == unix.NF_INET_FORWARD && c.policy == nfDrop
+	case unix.NFT_MSG_NEWRULE, unix.NFT_MSG_DELRULE:
+		return concerns(getString(attr(b, unix.NFTA_RULE_TABLE)), getString(attr(b, unix.NFTA_RULE_CHAIN)))
+	case unix.NFT_MSG_NEWGEN:
+		return false // it ends what the others began
+	default: // of tables, sets and elements, which all have their table first
+		return getString(attr(b, unix.NFTA_TABLE_NAME)) == masq.OwnTable
+	}
 }
 
-// mayHoldLegacy reports whether the older form of iptables may hold something of ours: it has tables, and was not read
-// and found without since this process began.
-func (f *filter) mayHoldLegacy() bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return !f.clean && hasLegacyTables()
-}
-
-// hasLegacyTables reports whether this network namespace has a table of the older form that chains of ours may be in.
-func hasLegacyTables() bool {
-	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
-		if hasLegacy(family, masq.FilterTable) || hasLegacy(family, masq.NatTable) {
+// concerns reports whether rules of ours stand in a chain, or may have to, or whether it says which iptables is in use.
+func concerns(table, chain string) bool {
+	if table == masq.OwnTable || table == hintTable && chain == hint {
+		return true
+	}
+	for _, way := range ways(masq.IPv4, "") {
+		if table == way.Chain.Table && (chain == way.Chain.Name || chain == way.From) {
 			return true
 		}
 	}
 	return false
 }
 
-// heard notes a change that the kernel tells of.
-func (f *filter) heard(m syscall.NetlinkMessage) bool {
-	if newGeneration(m) {
-		f.changes.Add(1)
-		return true
-	}
-	return false
-}
-
-func (f *filter) fresh() bool {
-	return f.seen != nil && f.seen.changes == f.changes.Load() &&
-		(f.watchers.Load() > 0 && !f.legacy || time.Since(f.seen.at) < trust)
-}
-
-// program returns the program for a family.
+// program returns what writes a family's packet filter.
 func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 	if ipt := f.tables[family]; ipt != nil {
 		return ipt, nil
@@ -171,56 +151,16 @@ func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 	if family == masq.IPv6 {
 		proto = iptables.ProtocolIPv6
 	}
-	name := f.variant.Command(family)
-	if f.variant == "" {
-		name = command(family)
+	name, err := f.kernel.command(f.variant, family)
+	if err != nil {
+		return nil, err
 	}
 	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(lockWait), iptables.Path(name))
-	if errors.Is(err, exec.ErrNotFound) {
-		return nil, fmt.Errorf("the program %s is not here; install Debian's package iptables, or what holds it: %w",
-			name, exec.ErrNotFound)
-	}
 	if err != nil {
 		return nil, fmt.Errorf("asking %s for its version: %w", name, err)
-	}
-	version, err := exec.Command(name, "--version").Output()
-	if err != nil {
-		return nil, fmt.Errorf("asking %s for its version: %w", name, err)
-	}
-	f.legacy = f.legacy || !strings.Contains(string(version), "nf_tables")
-	if f.tables == nil {
-		f.tables = map[masq.Family]*iptables.IPTables{}
 	}
 	f.tables[family] = ipt
 	return ipt, nil
-}
-
-// command returns which iptables to start. There are two, and neither lists the other's rules (xtables-nft(8),
-// xtables-legacy(8)). It is the one in which the kubelet made its hint; without a hint, the one that the host or the
-// image calls iptables.
-func command(family masq.Family) string {
-	nft, legacy := masq.NFT.Command(family), masq.Legacy.Command(family)
-	switch {
-	case hinted(nft):
-		return nft
-	case hasLegacy(family, "mangle") && hinted(legacy): // to look for a chain would make the table
-		return legacy
-	}
-	return family.Command()
-}
-
-func hinted(command string) bool {
-	return exec.Command(command, "-w", strconv.Itoa(lockWait), "-t", "mangle", "-S", hint).Run() == nil
-}
-
-// hasLegacy reports whether this network namespace has a table of the older form of iptables.
-func hasLegacy(family masq.Family, table string) bool {
-	name := "/proc/thread-self/net/ip_tables_names"
-	if family == masq.IPv6 {
-		name = "/proc/thread-self/net/ip6_tables_names"
-	}
-	tables, err := os.ReadFile(name)
-	return err == nil && slices.Contains(strings.Fields(string(tables)), table)
 }
 
 // ways lists our chains of one family with the chains that each is reached from.
@@ -234,76 +174,6 @@ func ways(family masq.Family, v masq.Variant) []masq.Jump {
 	}
 }
 
-func (f *filter) begin() *reading {
-	return &reading{
-		at: time.Now(), changes: f.changes.Load(),
-		chains: map[masq.Chain][]string{}, exists: map[masq.Entry]bool{},
-	}
-}
-
-// read reads anew. A family that is not wanted, and that this host cannot filter, holds nothing.
-func (f *filter) read(ctx context.Context, want masq.Ruleset) error {
-	now := f.begin()
-	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
-		if err := f.readFamily(ctx, family, now); err != nil && (wanted(want, family) || !cannotFilter(err)) {
-			return err
-		}
-	}
-	f.seen = now
-	return nil
-}
-
-func wanted(want masq.Ruleset, family masq.Family) bool {
-	for c := range want.Chains {
-		if c.Family == family && c.Form() == masq.IPTables {
-			return true
-		}
-	}
-	return false
-}
-
-// cannotFilter reports whether err says that program or kernel lack a family altogether. iptables ends with 3 when it
-// cannot reach a table.
-func cannotFilter(err error) bool {
-	var e *iptables.Error
-	return errors.Is(err, exec.ErrNotFound) || errors.As(err, &e) && e.ExitStatus() == 3
-}
-
-func (f *filter) readFamily(ctx context.Context, family masq.Family, into *reading) error {
-	ipt, err := f.program(family)
-	if err != nil {
-		return err
-	}
-	for _, way := range ways(family, f.variant) {
-		if f.variant == masq.Legacy && !hasLegacy(family, way.Chain.Table) { // to look would make it
-			continue
-		}
-		for _, c := range []masq.Chain{way.Chain, way.Base()} {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if _, read := into.chains[c]; read {
-				continue // several ways lead to it
-			}
-			lines, err := ipt.List(c.Table, c.Name)
-			if (c == way.Chain || c.Name == masq.DockerUser) && isAbsent(err) {
-				continue
-			}
-			if err != nil {
-				return explainFilter(err)
-			}
-			into.chains[c] = rules(c, lines)
-		}
-	}
-	return nil
-}
-
-// isAbsent reports whether err says that a chain is not there, for which each form of iptables has other words.
-func isAbsent(err error) bool {
-	var e *iptables.Error
-	return errors.As(err, &e) && e.ExitStatus() == 1
-}
-
 func explainFilter(err error) error {
 	var e *iptables.Error
 	if errors.As(err, &e) && e.ExitStatus() == 4 {
@@ -312,117 +182,22 @@ func explainFilter(err error) error {
 	return err
 }
 
-// rules returns the rules among the lines that iptables -S prints for c, without "-A CHAIN". It is never nil.
-func rules(c masq.Chain, lines []string) []string {
-	out := []string{}
-	for _, line := range lines {
-		if rule, ok := strings.CutPrefix(line, "-A "+c.Name+" "); ok {
-			out = append(out, rule)
-		}
-	}
-	return out
-}
-
-// translate tells what was read in terms of what is wanted. Where iptables is of the older form, its chains are others
-// than those that nftables has by the same names; those of the wanted form count.
-func (f *filter) translate(want masq.Ruleset, have *masq.Ruleset) error {
-	counts := want.Has(masq.IPTables)
-	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
-		for _, way := range ways(family, f.variant) {
-			lines, there := f.seen.chains[way.Chain]
-			if there {
-				rules, err := f.translateRules(way.Chain, want.Chains[way.Chain], lines)
-				if err != nil {
-					return err
-				}
-				have.Chains[way.Chain] = rules
-			}
-			base := f.seen.chains[way.Base()]
-			end := slices.IndexFunc(base, func(rule string) bool { ends, _ := takesAll(rule); return ends })
-			host := masq.Host{End: end + 1}
-			if end >= 0 {
-				_, host.Harms = takesAll(base[end])
-				base = base[:end]
-			}
-			if counts {
-				have.Hosts[way.Base()] = host
-			}
-			isJump := func(rule string) bool { return unquoted(rule) == strings.Join(way.Args(), " ") }
-			if slices.ContainsFunc(base, isJump) {
-				have.Jumps[way] = true
-			}
-		}
-	}
-	return nil
-}
-
-func (f *filter) translateRules(c masq.Chain, want []masq.Rule, lines []string) ([]masq.Rule, error) {
-	byText := map[string]masq.Rule{}
-	for _, r := range want {
-		byText[strings.Join(r.Args(), " ")] = r
-	}
-	have := make([]masq.Rule, len(lines))
-	for i, line := range lines {
-		if r, known := byText[line]; known {
-			have[i] = r
-			continue
-		}
-		have[i] = masq.Rule{Unknown: line}
-		// Another version of iptables may print the same rule in other words.
-		if len(want) == len(lines) {
-			same, err := f.isThere(masq.Entry{Chain: c, At: i + 1, Rule: want[i]})
-			if err != nil {
-				return nil, err
-			}
-			if same {
-				have[i] = want[i]
-			}
-		}
-	}
-	return have, nil
-}
-
-// isThere asks iptables itself whether its chain holds a rule.
-func (f *filter) isThere(e masq.Entry) (bool, error) {
-	if there, known := f.seen.exists[e]; known {
-		return there, nil
-	}
-	ipt, err := f.program(e.Chain.Family)
-	if err != nil {
-		return false, err
-	}
-	there, err := ipt.Exists(e.Chain.Table, e.Chain.Name, e.Rule.Args()...)
-	if err != nil {
-		return false, explainFilter(err)
-	}
-	f.seen.exists[e] = there
-	return there, nil
-}
-
-// unquoted drops the quotes that some versions of iptables put around every comment.
-func unquoted(rule string) string { return strings.ReplaceAll(rule, `"`, "") }
-
-// takesAll reports whether no packet gets past a rule, and whether it harms those that are stopped there: it drops or
-// translates them.
-func takesAll(rule string) (ends, harms bool) {
-	if strings.HasPrefix(rule, "-m comment --comment ") { // which matches everything
-		if _, after, ok := strings.Cut(rule, " -j "); ok {
-			rule = "-j " + after
-		}
-	}
-	words := strings.Fields(rule)
-	if len(words) < 2 || words[0] != "-j" {
-		return false, false
-	}
-	ends, harms, _ = effectOf(words[1])
-	return ends, harms
-}
-
-// apply makes one change. What was read before counts no more, however the change ends.
-func (f *filter) apply(op backend.Op) error {
+// apply makes one change. What was seen before counts no more, however the change ends. Where another program has the
+// lock, it is waited for once in a pass, and not once for each change.
+func (f *filter) apply(op backend.Op) (err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	defer f.changes.Add(1)
+	if f.locked != nil {
+		return f.locked
+	}
+	defer func() {
+		for _, s := range f.sides {
+			s.looked = false
+		}
+		if err != nil && strings.Contains(err.Error(), lockHeld) {
+			f.locked = err
+		}
+	}()
 	switch o := op.What.(type) {
 	case masq.Chain:
 		return f.applyChain(op.Do, o)
@@ -442,7 +217,7 @@ func (f *filter) applyChain(do backend.Verb, c masq.Chain) error {
 	if do != backend.Delete {
 		return explainFilter(ipt.NewChain(c.Table, c.Name))
 	}
-	for _, way := range ways(c.Family, f.variant) {
+	for _, way := range ways(c.Family, c.Variant) {
 		if way.Chain == c { // a jump that packets do not get to is not ours to see, but holds the chain
 			if err := deleteJumps(ipt, way); err != nil {
 				return err
@@ -491,7 +266,12 @@ func (f *filter) applyEntry(do backend.Verb, e masq.Entry) error {
 	if err != nil {
 		return explainFilter(err)
 	}
-	now := rules(e.Chain, lines)
+	var now []string
+	for _, line := range lines {
+		if chain, rule, ok := ruleOf(line); ok && chain == e.Chain.Name {
+			now = append(now, rule)
+		}
+	}
 	if e.At > len(now) || e.Rule.Unknown != "" && now[e.At-1] != e.Rule.Unknown {
 		return fmt.Errorf("chain %s changed since the last look", e.Chain.Name)
 	}

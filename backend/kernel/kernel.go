@@ -27,16 +27,17 @@ type Options struct {
 // A Kernel is the kernel of this host, in one network namespace. Its methods can be called by several goroutines, but
 // only on threads of that namespace.
 type Kernel struct {
-	conn   *conn
-	ioctl  int // a socket for ioctls
-	root   string
-	log    *slog.Logger
-	filter *filter // of the iptables in use
-	nft    *nftables
+	conn    *conn
+	ioctl   int // a socket for ioctls
+	root    string
+	log     *slog.Logger
+	filters map[masq.Variant]*filter // of iptables
+	nft     *nftables
 
-	mu       sync.Mutex
-	index    map[string]int           // of links, as last seen
-	variants map[masq.Variant]*filter // those of iptables that are meant by name
+	mu    sync.Mutex
+	index map[string]int               // of links, as last seen
+	inUse map[masq.Family]masq.Variant // of iptables, as last seen
+	named map[string]masq.Variant      // what programs are, by their paths
 }
 
 // errPermission is what every refusal for lack of rights ends in.
@@ -62,13 +63,19 @@ func New(o Options) (*Kernel, error) {
 		c.close()
 		return nil, fmt.Errorf("opening a socket for device settings: %w", err)
 	}
-	return &Kernel{
-		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, filter: &filter{}, nft: dialNFT(), index: map[string]int{},
-	}, nil
+	k := &Kernel{
+		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, nft: dialNFT(), index: map[string]int{},
+		inUse: map[masq.Family]masq.Variant{}, named: map[string]masq.Variant{},
+	}
+	k.filters = newFilters(k)
+	return k, nil
 }
 
 // Close lets go of the namespace. Nothing in it changes.
 func (k *Kernel) Close() {
+	for _, f := range k.filters {
+		f.close()
+	}
 	k.conn.close()
 	k.nft.close()
 	unix.Close(k.ioctl)

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/netip"
@@ -117,8 +118,6 @@ func testWritesNothing(t *testing.T, form masq.Form) {
 		groups[1] = listenAll(t, unix.NETLINK_NETFILTER)
 	})
 	pass(t, h, sample())
-	filterPass(t, h, dualStack(t, form).Desired())
-	h.filter.changes.Add(1)
 	filterPass(t, h, dualStack(t, form).Desired())
 	h.open() // a restart
 	pass(t, h, sample())
@@ -363,7 +362,14 @@ func FuzzParsers(f *testing.F) {
 		r.end()
 		r.jumps()
 		textOf(r.exprs)
+		r.still()
 		parseNFTChain(b)
+		_, _ = parseSaved(bytes.NewReader(b), masq.IPv4)
+		for _, family := range families() {
+			_, _ = parseLegacy(layoutOf(family), b[:min(len(b), sizeofIptInfo)], b[min(len(b), sizeofIptInfo):])
+		}
+		heardFilter(syscall.NetlinkMessage{
+			Header: syscall.NlMsghdr{Type: nftType(unix.NFT_MSG_NEWRULE)}, Data: b})
 		for typ := range uint16(200) {
 			(&watcher{uplink: func(string) bool { return true }, links: map[int]link{}, addrs: map[addrAt]uint32{},
 				forwarding: map[[2]int]uint32{}}).heard(syscall.NetlinkMessage{

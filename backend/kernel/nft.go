@@ -17,6 +17,8 @@ import (
 const (
 	// nftTries is how often a reading, or a change that follows from one, starts over because others wrote meanwhile.
 	nftTries = 20
+	// trust is how long nobody looks anew for strangers that drop packets.
+	trust = 30 * time.Second
 	// natChain is the type of a chain that translates.
 	natChain = "nat"
 )
@@ -41,7 +43,6 @@ type nftReading struct {
 	generation uint32
 	tables     map[masq.Table]bool
 	chains     map[masq.Chain]nftChain // those of ours and of our hosts that are there
-	iptables   bool                    // there are chains that we wrote by iptables
 }
 
 func dialNFT() *nftables {
@@ -82,14 +83,6 @@ func (n *nftables) observe(_ context.Context, want masq.Ruleset, have *masq.Rule
 	return nil
 }
 
-// iptables reports whether chains that we wrote by iptables in its newer form are there; where nobody could look, they
-// may be.
-func (n *nftables) iptables() bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.seen == nil || n.seen.iptables
-}
-
 func (n *nftables) generation() (uint32, error) {
 	if n.noConn != nil {
 		return 0, n.noConn
@@ -105,7 +98,7 @@ func (n *nftables) read() (*nftReading, error) {
 		now := &nftReading{
 			generation: generation, tables: map[masq.Table]bool{}, chains: map[masq.Chain]nftChain{},
 		}
-		for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+		for _, family := range families() {
 			if err == nil {
 				err = n.readFamily(family, now)
 			}
@@ -140,14 +133,56 @@ func (n *nftables) readFamily(family masq.Family, into *nftReading) error {
 			return err
 		}
 	}
-	for _, way := range ways(family, "") {
-		_, there, err := n.chain(way.Chain)
-		if err != nil {
-			return err
-		}
-		into.iptables = into.iptables || there
-	}
 	return nil
+}
+
+// glimpse looks at what iptables in its newer form holds.
+func (n *nftables) glimpse(family masq.Family) (g glimpse, err error) {
+	var text strings.Builder
+	seen := map[masq.Chain]bool{}
+	for _, way := range ways(family, "") {
+		for _, c := range []masq.Chain{way.Chain, way.Base()} {
+			if seen[c] {
+				continue
+			}
+			seen[c] = true
+			there, err := n.holds(c)
+			if err != nil {
+				return glimpse{}, err
+			}
+			if !there {
+				continue
+			}
+			rules, err := n.rules(c)
+			if err != nil {
+				return glimpse{}, err
+			}
+			var texts []string
+			for _, r := range rules {
+				texts = append(texts, r.still())
+			}
+			g.note(&text, c, c == way.Chain, texts)
+		}
+	}
+	g.text = text.String()
+	return g, nil
+}
+
+// holds reports whether a chain is there. A kernel without nftables holds none.
+func (n *nftables) holds(c masq.Chain) (bool, error) {
+	if n.noConn != nil {
+		return false, nil
+	}
+	_, there, err := n.chain(c)
+	if isNobody(err) {
+		return false, nil
+	}
+	return there, err
+}
+
+// isNobody reports whether err says that this kernel has no nftables.
+func isNobody(err error) bool {
+	return errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EINVAL)
 }
 
 // nftWay returns the way into what we translate of one family.
@@ -249,7 +284,7 @@ func (n *nftables) unreachable(want masq.Ruleset) (drops []string) {
 		drops = append(drops, fmt.Sprintf("chain %s of table %s %s drops what it does not accept, packets of pods too; %s",
 			c.name, family, c.table, wayOut(want, c.family, fmt.Sprintf("nft insert rule %s %s %s", family, c.table, c.name))))
 	}
-	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+	for _, family := range families() {
 		if legacyDrops(family) {
 			command := masq.Legacy.Command(family)
 			drops = append(drops, fmt.Sprintf("the policy of FORWARD in %s is DROP, for packets of pods too; have it accept "+
@@ -276,7 +311,7 @@ func (s *nftReading) translate(want masq.Ruleset, have *masq.Ruleset) {
 	for t := range s.tables {
 		have.Tables[t] = true
 	}
-	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
+	for _, family := range families() {
 		way := nftWay(family)
 		if c, there := s.chains[way.Chain]; there {
 			have.Chains[way.Chain], have.Handles[way.Chain] = c.known(family, want.Chains[way.Chain])

@@ -16,16 +16,17 @@ import (
 
 // Of linux/netfilter.h and linux/netfilter/nf_tables.h; x/sys/unix does not have them.
 const (
-	nfDrop         = 0
-	nfAccept       = 1
-	nfQueue        = 3
-	nftaBitwiseOp  = 6 // NFTA_BITWISE_OP
-	nftaMatchName  = 1 // NFTA_MATCH_NAME and NFTA_TARGET_NAME
-	nftaMatchInfo  = 3 // NFTA_MATCH_INFO
-	nftGoto        = -4
-	nftReturn      = -5
-	sizeofNfgenmsg = 4
-	commentUdata   = 0 // NFTNL_UDATA_RULE_COMMENT of libnftnl/udata.h, which iptables and nft read
+	nfDrop            = 0
+	nfAccept          = 1
+	nfQueue           = 3
+	nftaBitwiseOp     = 6 // NFTA_BITWISE_OP
+	nftaMatchName     = 1 // NFTA_MATCH_NAME and NFTA_TARGET_NAME
+	nftaMatchInfo     = 3 // NFTA_MATCH_INFO
+	nftGoto           = -4
+	nftaQuotaConsumed = 4 // NFTA_QUOTA_CONSUMED
+	nftReturn         = -5
+	sizeofNfgenmsg    = 4
+	commentUdata      = 0 // NFTNL_UDATA_RULE_COMMENT of libnftnl/udata.h, which iptables and nft read
 )
 
 // nfMessage returns the head of a message about one family.
@@ -260,6 +261,7 @@ type nftRule struct {
 	handle uint64
 	exprs  []nftExpr
 	ours   bool // it has our comment
+	udata  []byte
 }
 
 func parseNFTRule(b []byte) nftRule {
@@ -277,10 +279,32 @@ func parseNFTRule(b []byte) nftRule {
 				r.ours = r.ours || e.isComment() && getString(attr(e.data, nftaMatchInfo)) == masq.Comment
 			}
 		case unix.NFTA_RULE_USERDATA:
+			r.udata = v
 			r.ours = r.ours || commentOf(v) == masq.Comment
 		}
 	}
 	return r
+}
+
+// still is all that r says but for what it counts, and the same for the same rule.
+func (r nftRule) still() string {
+	var b strings.Builder
+	for _, e := range r.exprs {
+		fmt.Fprintf(&b, "%s %d", e.name, len(e.data))
+		switch e.name {
+		case "counter", "last":
+		case "quota":
+			for typ, v := range attrs(e.data) {
+				if typ != nftaQuotaConsumed {
+					fmt.Fprintf(&b, " %d=%x", typ, v)
+				}
+			}
+		default:
+			b.Write(e.data)
+		}
+	}
+	b.Write(r.udata)
+	return b.String()
 }
 
 func parseExpr(b []byte) (e nftExpr) {

@@ -47,11 +47,8 @@ func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring f
 		k.log.Info("changes of the packet filter are found by looking, not at once", "why", err)
 	} else {
 		defer filter.Close()
-		k.filter.changes.Add(1) // while nobody listened, nobody can say
-		k.filter.watchers.Add(1)
-		defer k.filter.watchers.Add(-1)
-		lost := func() error { k.filter.changes.Add(1); return nil }
-		g.Go(func() error { return k.listen(ctx, filter, k.filter.heard, lost, ring) })
+		lost := func() error { return nil } // nothing is remembered
+		g.Go(func() error { return k.listen(ctx, filter, heardFilter, lost, ring) })
 	}
 	g.Go(func() error { return k.listen(ctx, routing, w.heard, w.reset, ring) })
 	ring()
@@ -247,9 +244,4 @@ func (w *watcher) heardNetconf(b []byte) bool {
 	was, known := w.forwarding[at]
 	w.forwarding[at] = forwarding
 	return !known || was != forwarding
-}
-
-// newGeneration reports whether m ends a change of nftables, which iptables makes too in its newer form.
-func newGeneration(m syscall.NetlinkMessage) bool {
-	return m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN
 }
