@@ -161,6 +161,10 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	for _, drop := range rules.Drops {
 		plan.Problems = append(plan.Problems, subnet.Problem{Node: in.node.Name, Kind: subnet.KindPods, Text: drop})
 	}
+	for _, taken := range rules.Taken {
+		plan.Problems = append(plan.Problems, subnet.Problem{Node: in.node.Name, Kind: subnet.KindStranger, Text: taken})
+		plan.Blocked = true
+	}
 	ops, problems := backend.Diff(want.state, have)
 	plan.Ops = append(masq.Diff(want.filter, rules), ops...)
 	for _, pr := range problems {

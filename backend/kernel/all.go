@@ -41,6 +41,7 @@ func (k *Kernel) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
 			errs = append(errs, k.iptables(v).observeAll(ctx, &have))
 		}
 	}
+	errs = append(errs, k.sets.observeAll(ctx, &have))
 	return have, errors.Join(errs...)
 }
 

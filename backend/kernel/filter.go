@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"slices"
@@ -71,6 +72,9 @@ func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Rul
 			return masq.Ruleset{}, err
 		}
 	}
+	if err := k.sets.observe(ctx, want, &have); err != nil {
+		return masq.Ruleset{}, err
+	}
 	return have, nil
 }
 
@@ -84,6 +88,10 @@ func (k *Kernel) formOf(what backend.Object) form {
 		c = o.Chain
 	case masq.Entry:
 		c = o.Chain
+	case masq.Set:
+		return k.formOfSet(o)
+	case masq.Members:
+		return k.formOfSet(o.Set)
 	default: // tables and guests
 		return k.nft
 	}
@@ -91,6 +99,13 @@ func (k *Kernel) formOf(what backend.Object) form {
 		return k.nft
 	}
 	return k.iptables(c.Variant)
+}
+
+func (k *Kernel) formOfSet(s masq.Set) form {
+	if s.Form() == masq.NFTables {
+		return k.nft
+	}
+	return k.sets
 }
 
 // iptables returns the packet filter of one variant of iptables.
@@ -112,6 +127,7 @@ func (k *Kernel) iptables(v masq.Variant) *filter {
 func emptyRuleset() masq.Ruleset {
 	return masq.Ruleset{
 		Tables: map[masq.Table]bool{}, Chains: map[masq.Chain][]masq.Rule{}, Jumps: map[masq.Jump]bool{},
+		Sets: map[masq.Set]map[netip.Addr]bool{}, Taken: map[masq.Set]string{},
 		Guests: map[masq.Guest]uint64{}, Hosts: map[masq.Chain]masq.Host{}, Handles: map[masq.Chain][]uint64{},
 	}
 }

@@ -33,6 +33,7 @@ type Kernel struct {
 	log    *slog.Logger
 	filter *filter // of the iptables in use
 	nft    *nftables
+	sets   *ipsets
 
 	mu       sync.Mutex
 	index    map[string]int           // of links, as last seen
@@ -63,7 +64,8 @@ func New(o Options) (*Kernel, error) {
 		return nil, fmt.Errorf("opening a socket for device settings: %w", err)
 	}
 	return &Kernel{
-		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, filter: &filter{}, nft: dialNFT(), index: map[string]int{},
+		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, filter: &filter{}, nft: dialNFT(), sets: dialIPSet(),
+		index: map[string]int{},
 	}, nil
 }
 
@@ -71,6 +73,7 @@ func New(o Options) (*Kernel, error) {
 func (k *Kernel) Close() {
 	k.conn.close()
 	k.nft.close()
+	k.sets.close()
 	unix.Close(k.ioctl)
 }
 
