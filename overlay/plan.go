@@ -189,6 +189,10 @@ func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) e
 	for _, drop := range rules.Drops {
 		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindPods, Text: drop})
 	}
+	for _, taken := range rules.Taken {
+		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindStranger, Text: taken})
+		plan.Blocked = true
+	}
 	plan.Ops = append(plan.Ops, masq.Diff(want.filter, rules)...)
 	plan.Found += rules.Len()
 	return nil

@@ -36,6 +36,7 @@ func (k *Kernel) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
 	for _, v := range variants() {
 		errs = append(errs, k.filters[v].observeAll(ctx, v, &have))
 	}
+	errs = append(errs, k.sets.observeAll(ctx, &have))
 	return have, errors.Join(errs...)
 }
 

@@ -47,7 +47,7 @@ func (k *Kernel) apply(op backend.Op) error {
 		return k.applyRule(op.Do, o)
 	case backend.Sysctl:
 		return k.applySysctl(op.Do, o)
-	case masq.Table, masq.Chain, masq.Jump, masq.Entry, masq.Guest:
+	case masq.Table, masq.Set, masq.Members, masq.Chain, masq.Jump, masq.Entry, masq.Guest:
 		return k.formOf(o).apply(op)
 	}
 	return fmt.Errorf("the kernel has no %s", op.What.Kind())

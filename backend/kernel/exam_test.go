@@ -206,6 +206,7 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"PlainRouteTakesTheTunnelsPlace", askPlainRoute},
 		{"FilterIsKept", askFilter},
 		{"FilterChangesItsForm", askForms},
+		{"SetsAreFilledAndEmptied", askSets},
 		{"AllThatIsOursIsFound", askAll},
 	} {
 		t.Run(question.name, func(t *testing.T) { question.ask(t, newHost(t)) })

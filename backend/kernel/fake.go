@@ -134,6 +134,7 @@ func (f *Fake) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
 	have := f.filter
 	have.Chains, have.Jumps, have.Tables = maps.Clone(have.Chains), maps.Clone(have.Jumps), maps.Clone(have.Tables)
 	have.Guests, have.Hosts = maps.Clone(have.Guests), maps.Clone(have.Hosts)
+	have.Sets, have.Taken = maps.Clone(have.Sets), maps.Clone(have.Taken)
 	return have, ctx.Err()
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"sync"
 	"syscall"
@@ -81,6 +82,9 @@ func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Rul
 			}
 		}
 	}
+	if err := k.sets.observe(ctx, want, &have); err != nil {
+		return masq.Ruleset{}, err
+	}
 	return have, nil
 }
 
@@ -94,6 +98,10 @@ func (k *Kernel) formOf(what backend.Object) form {
 		c = o.Chain
 	case masq.Entry:
 		c = o.Chain
+	case masq.Set:
+		return k.formOfSet(o)
+	case masq.Members:
+		return k.formOfSet(o.Set)
 	default: // tables and guests
 		return k.nft
 	}
@@ -103,9 +111,17 @@ func (k *Kernel) formOf(what backend.Object) form {
 	return k.filters[k.variantOf(c)]
 }
 
+func (k *Kernel) formOfSet(s masq.Set) form {
+	if s.Form() == masq.NFTables {
+		return k.nft
+	}
+	return k.sets
+}
+
 func emptyRuleset() masq.Ruleset {
 	return masq.Ruleset{
 		Tables: map[masq.Table]bool{}, Chains: map[masq.Chain][]masq.Rule{}, Jumps: map[masq.Jump]bool{},
+		Sets: map[masq.Set]map[netip.Addr]bool{}, Taken: map[masq.Set]string{},
 		Guests: map[masq.Guest]uint64{}, Hosts: map[masq.Chain]masq.Host{}, Handles: map[masq.Chain][]uint64{},
 	}
 }

@@ -33,6 +33,7 @@ type Kernel struct {
 	log     *slog.Logger
 	filters map[masq.Variant]*filter // of iptables
 	nft     *nftables
+	sets    *ipsets
 
 	mu    sync.Mutex
 	index map[string]int               // of links, as last seen
@@ -64,7 +65,7 @@ func New(o Options) (*Kernel, error) {
 		return nil, fmt.Errorf("opening a socket for device settings: %w", err)
 	}
 	k := &Kernel{
-		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, nft: dialNFT(), index: map[string]int{},
+		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, nft: dialNFT(), sets: dialIPSet(), index: map[string]int{},
 		inUse: map[masq.Family]masq.Variant{}, named: map[string]masq.Variant{},
 	}
 	k.filters = newFilters(k)
@@ -78,6 +79,7 @@ func (k *Kernel) Close() {
 	}
 	k.conn.close()
 	k.nft.close()
+	k.sets.close()
 	unix.Close(k.ioctl)
 }
 

@@ -42,6 +42,7 @@ type nftables struct {
 type nftReading struct {
 	generation uint32
 	tables     map[masq.Table]bool
+	sets       map[masq.Set]nftSet     // of our tables
 	chains     map[masq.Chain]nftChain // those of ours and of our hosts that are there
 }
 
@@ -96,7 +97,8 @@ func (n *nftables) read() (*nftReading, error) {
 	generation, err := n.generation()
 	for range nftTries {
 		now := &nftReading{
-			generation: generation, tables: map[masq.Table]bool{}, chains: map[masq.Chain]nftChain{},
+			generation: generation, tables: map[masq.Table]bool{}, sets: map[masq.Set]nftSet{},
+			chains: map[masq.Chain]nftChain{},
 		}
 		for _, family := range families() {
 			if err == nil {
@@ -120,6 +122,9 @@ func (n *nftables) readFamily(family masq.Family, into *nftReading) error {
 	if _, err := n.conn.get(nftType(unix.NFT_MSG_GETTABLE), m); err == nil {
 		into.tables[table] = true
 	} else if !isNoNFT(err) {
+		return err
+	}
+	if err := n.readSets(family, into); err != nil {
 		return err
 	}
 	own := nftWay(family)
@@ -310,6 +315,9 @@ func wayOut(want masq.Ruleset, family uint8, command string) string {
 func (s *nftReading) translate(want masq.Ruleset, have *masq.Ruleset) {
 	for t := range s.tables {
 		have.Tables[t] = true
+	}
+	for name, set := range s.sets {
+		set.tell(name, want, have)
 	}
 	for _, family := range families() {
 		way := nftWay(family)

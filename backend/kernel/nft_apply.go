@@ -38,6 +38,10 @@ func (n *nftables) changes(op backend.Op) ([]nftChange, error) {
 			return []nftChange{{typ: unix.NFT_MSG_DELTABLE, body: m}}, nil
 		}
 		return []nftChange{{unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE | unix.NLM_F_EXCL, m}}, nil
+	case masq.Set:
+		return changeSet(op.Do, o), nil
+	case masq.Members:
+		return changeMembers(op.Do, o), nil
 	case masq.Chain:
 		if op.Do == backend.Delete {
 			return deleteChain(o), nil

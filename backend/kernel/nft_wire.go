@@ -128,6 +128,8 @@ func exprs(family masq.Family, r masq.Rule) []nftExpr {
 	if r.UDP {
 		all = append(all, loadMeta(unix.NFT_META_L4PROTO), compare([]byte{unix.IPPROTO_UDP}, false))
 	}
+	all = append(all, lookup(src, r.SrcIn, r.NotSrcIn)...)
+	all = append(all, lookup(dst, r.DstIn, r.NotDstIn)...)
 	switch r.Verdict {
 	case masq.Accept:
 		return append(all, verdict(nfAccept, ""))
@@ -183,12 +185,7 @@ func matchPrefix(offset uint32, p netip.Prefix, not bool) []nftExpr {
 	if whole {
 		addr = addr[:p.Bits()/8]
 	}
-	var m message
-	m.be32(unix.NFTA_PAYLOAD_DREG, unix.NFT_REG_1)
-	m.be32(unix.NFTA_PAYLOAD_BASE, unix.NFT_PAYLOAD_NETWORK_HEADER)
-	m.be32(unix.NFTA_PAYLOAD_OFFSET, offset)
-	m.be32(unix.NFTA_PAYLOAD_LEN, uint32(len(addr)))
-	all := []nftExpr{{"payload", m}}
+	all := []nftExpr{loadNetwork(offset, uint32(len(addr)))}
 	if !whole {
 		bits := make([]byte, len(addr))
 		for i := range p.Bits() {
@@ -197,6 +194,16 @@ func matchPrefix(offset uint32, p netip.Prefix, not bool) []nftExpr {
 		all = append(all, mask(bits))
 	}
 	return append(all, compare(addr, not))
+}
+
+// loadNetwork reads from the packet's IP header.
+func loadNetwork(offset, length uint32) nftExpr {
+	var m message
+	m.be32(unix.NFTA_PAYLOAD_DREG, unix.NFT_REG_1)
+	m.be32(unix.NFTA_PAYLOAD_BASE, unix.NFT_PAYLOAD_NETWORK_HEADER)
+	m.be32(unix.NFTA_PAYLOAD_OFFSET, offset)
+	m.be32(unix.NFTA_PAYLOAD_LEN, length)
+	return nftExpr{"payload", m}
 }
 
 func verdict(code int32, chain string) nftExpr {

@@ -11,9 +11,10 @@ import (
 
 // Diff returns the operations that turn have into want. In between, no packet is treated otherwise than by the one or
 // by the other: a chain is filled before packets get to it and left before it is emptied, and where rules change, the
-// new ones stand before the old ones go. So it is too where the form changes: all of the new form stands before any of
+// new ones stand before the old ones go; a set is filled before a rule names it. So it is too where the form changes: all of the new form stands before any of
 // the old one goes, and in between both would do the same.
 func Diff(want, have Ruleset) []backend.Op {
+	want = want.withoutTaken(have.Taken)
 	return append(additions(want, have), removals(want, have)...)
 }
 
@@ -23,6 +24,12 @@ func additions(want, have Ruleset) (ops []backend.Op) {
 		if !have.Tables[t] {
 			add(t)
 		}
+	}
+	for _, s := range sorted(want.Sets, compareSets) {
+		if _, there := have.Sets[s]; !there {
+			add(s)
+		}
+		ops = append(ops, members(backend.Add, s, want.Sets[s], have.Sets[s])...)
 	}
 	for _, c := range sorted(want.Chains, compareChains) {
 		if _, there := have.Chains[c]; !there {
@@ -61,6 +68,13 @@ func removals(want, have Ruleset) (ops []backend.Op) {
 	for _, c := range sorted(have.Chains, compareChains) {
 		if _, wanted := want.Chains[c]; !wanted {
 			remove(c)
+		}
+	}
+	for _, s := range sorted(have.Sets, compareSets) {
+		if addrs, wanted := want.Sets[s]; wanted {
+			ops = append(ops, members(backend.Delete, s, have.Sets[s], addrs)...)
+		} else {
+			remove(s)
 		}
 	}
 	for _, t := range sorted(have.Tables, compareTables) {

@@ -232,11 +232,13 @@ func drawRuleset(t *rapid.T, label string) Ruleset {
 	some := dualStackRules()
 	r := Ruleset{
 		Tables: map[Table]bool{}, Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}, Guests: map[Guest]uint64{},
+		Sets:  map[Set]map[netip.Addr]bool{},
 		Hosts: map[Chain]Host{IPv6.chain(FilterTable, BaseForward): {End: rapid.IntRange(0, 3).Draw(t, label+" end")}},
 	}
 	if rapid.Bool().Draw(t, label+" has guest") {
 		r.Guests[Guest{Host: IPv6.chain(FilterTable, BaseForward), Rule: rapid.SampledFrom(some).Draw(t, label)}] = 0
 	}
+	some = append(some, drawSets(t, r, label)...)
 	for _, c := range []Chain{
 		IPv4.chain(FilterTable, Forward), IPv4.chain(NatTable, Postrouting),
 		{Family: IPv4, Table: NatTable, Name: Postrouting, Variant: Legacy},
@@ -254,6 +256,36 @@ func drawRuleset(t *rapid.T, label string) Ruleset {
 		}
 	}
 	return r
+}
+
+// drawSets adds sets to r, and returns rules that name them.
+func drawSets(t *rapid.T, r Ruleset, label string) (rules []Rule) {
+	for _, s := range []Set{IPv4.set(IPTables, "peers"), IPv6.set(NFTables, "peers")} {
+		if !rapid.Bool().Draw(t, label+" has set") {
+			continue
+		}
+		if s.Form() == NFTables {
+			r.Tables[s.table()] = true
+		} else {
+			rules = append(rules, Rule{SrcIn: s, NotSrcIn: true, Verdict: Return})
+		}
+		r.Sets[s] = map[netip.Addr]bool{}
+		a := s.Family.first()
+		for range rapid.IntRange(0, 250).Draw(t, label+" members") {
+			for range rapid.IntRange(1, 3).Draw(t, label+" step") {
+				a = a.Next()
+			}
+			r.Sets[s][a] = true
+		}
+	}
+	return rules
+}
+
+func (f Family) first() netip.Addr {
+	if f == IPv4 {
+		return netip.MustParseAddr("192.0.2.0")
+	}
+	return netip.MustParseAddr("2001:db8::")
 }
 
 func dualStackRules() []Rule {
@@ -289,7 +321,8 @@ func TestDiffReachesWantFromAnyHave(t *testing.T) {
 			}
 		}
 		if !maps.EqualFunc(want.Chains, now.Chains, slices.Equal) || !maps.Equal(want.Jumps, now.Jumps) ||
-			!maps.Equal(want.Tables, now.Tables) || !maps.Equal(want.Guests, now.Guests) {
+			!maps.Equal(want.Tables, now.Tables) || !maps.Equal(want.Guests, now.Guests) ||
+			!maps.EqualFunc(want.Sets, now.Sets, maps.Equal) {
 			t.Fatalf("reached %v\nwant %v", now, want)
 		}
 		if ops := Diff(want, now); len(ops) > 0 {
@@ -329,4 +362,50 @@ func translatesPods(rules []Rule) bool {
 		}
 	}
 	return false
+}
+
+// A rule that drops what is not in a set drops everything while the set is empty.
+func TestSetIsFullBeforeARuleNamesIt(t *testing.T) {
+	s := IPv4.set(NFTables, "peers")
+	table, chain := s.table(), IPv4.chain(OwnTable, Translate)
+	want := Ruleset{
+		Tables: map[Table]bool{table: true},
+		Sets:   map[Set]map[netip.Addr]bool{s: {netip.MustParseAddr("192.0.2.1"): true}},
+		Chains: map[Chain][]Rule{chain: {{SrcIn: s, NotSrcIn: true, Verdict: Return}}},
+	}
+	up := `nft add table ip tweed
+nft 'add set ip tweed peers { type ipv4_addr ; }'
+nft 'add element ip tweed peers { 192.0.2.1 }'
+nft add chain ip tweed translate
+nft insert rule ip tweed translate ip saddr != @peers return comment tweed
+`
+	if got := commands(Diff(want, Ruleset{})); got != up {
+		t.Errorf("got:\n%s\nwant:\n%s", got, up)
+	}
+	down := `nft flush chain ip tweed translate && nft delete chain ip tweed translate
+nft delete set ip tweed peers
+nft delete table ip tweed
+`
+	if got := commands(Diff(Ruleset{}, want)); got != down {
+		t.Errorf("got:\n%s\nwant:\n%s", got, down)
+	}
+}
+
+func TestWhatHangsOnAStrangersSetIsLeftOut(t *testing.T) {
+	s := IPv4.set(IPTables, "peers")
+	chain := IPv4.chain(FilterTable, Forward)
+	rest := Rule{Src: netip.MustParsePrefix("10.244.0.0/16"), Verdict: Accept}
+	want := Ruleset{
+		Sets:   map[Set]map[netip.Addr]bool{s: {netip.MustParseAddr("192.0.2.1"): true}},
+		Chains: map[Chain][]Rule{chain: {{SrcIn: s, NotSrcIn: true, Verdict: Return}, rest}},
+	}
+	now := Ruleset{Taken: map[Set]string{s: "somebody has it"}}
+	for _, op := range Diff(want, now) {
+		if err := now.Apply(op); err != nil {
+			t.Errorf("%s: %v", op, err)
+		}
+	}
+	if len(now.Sets) > 0 || !slices.Equal(now.Chains[chain], []Rule{rest}) {
+		t.Errorf("%+v", now)
+	}
 }

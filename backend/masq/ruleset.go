@@ -15,6 +15,8 @@ import (
 type Ruleset struct {
 	// Tables are those of ours, which only nftables has.
 	Tables map[Table]bool
+	// Sets are those of ours, each with its addresses.
+	Sets map[Set]map[netip.Addr]bool
 	// Chains are those of ours, each with its rules in order.
 	Chains map[Chain][]Rule
 	// Jumps are the ways into them that packets can get to.
@@ -31,6 +33,8 @@ type Ruleset struct {
 	Handles map[Chain][]uint64
 	// Drops names what drops packets of pods although everything is as desired, one sentence each.
 	Drops []string
+	// Taken are the sets whose names strangers have, each with one sentence on that.
+	Taken map[Set]string
 }
 
 // A Host is a chain of others.
@@ -41,9 +45,13 @@ type Host struct {
 	Harms bool
 }
 
-// Len is the number of tables, chains, rules and jumps in r, but for what only some hosts need.
+// Len is the number of tables, sets and their addresses, chains, rules and jumps in r, but for what only some hosts
+// need.
 func (r Ruleset) Len() int {
-	n := len(r.Tables) + len(r.Chains)
+	n := len(r.Tables) + len(r.Sets) + len(r.Chains)
+	for _, addrs := range r.Sets {
+		n += len(addrs)
+	}
 	for j := range r.Jumps {
 		if j.From != DockerUser {
 			n++
@@ -185,10 +193,13 @@ type PortRange struct{ First, Last uint16 }
 // A Rule is one rule of a chain of ours. Matches that are not set match everything.
 type Rule struct {
 	Src, Dst       netip.Prefix
-	NotSrc, NotDst bool   // match what is not in Src, in Dst
-	Mark           uint32 // bits of the packet's mark, all of them set
-	UDP            bool
-	Verdict        Verdict
+	NotSrc, NotDst bool // match what is not in Src, in Dst
+	// SrcIn and DstIn are sets that the packet's source, its destination, is in; NotSrcIn and NotDstIn as above.
+	SrcIn, DstIn       Set
+	NotSrcIn, NotDstIn bool
+	Mark               uint32 // bits of the packet's mark, all of them set
+	UDP                bool
+	Verdict            Verdict
 	// Ports, of Masquerade, are those that the new source port is taken from.
 	Ports PortRange
 	// Unknown is the text of a rule that somebody else put into a chain of ours, in the packet filter's own words. The
@@ -216,6 +227,18 @@ func (r Rule) Args() []string {
 	if r.Mark != 0 {
 		args = append(args, "-m", "mark", "--mark", fmt.Sprintf("%#x/%#x", r.Mark, r.Mark))
 	}
+	set := func(s Set, side string, not bool) {
+		if s == (Set{}) {
+			return
+		}
+		args = append(args, "-m", "set")
+		if not {
+			args = append(args, "!")
+		}
+		args = append(args, "--match-set", s.Name, side)
+	}
+	set(r.SrcIn, "src", r.NotSrcIn)
+	set(r.DstIn, "dst", r.NotDstIn)
 	args = append(args, "-m", "comment", "--comment", Comment, "-j", string(r.Verdict))
 	if r.Ports != (PortRange{}) {
 		args = append(args, "--to-ports", fmt.Sprintf("%d-%d", r.Ports.First, r.Ports.Last))
@@ -247,6 +270,18 @@ func (r Rule) Words(family Family) []string {
 	if r.UDP {
 		words = append(words, "meta", "l4proto", "udp")
 	}
+	set := func(field string, s Set, not bool) {
+		if s == (Set{}) {
+			return
+		}
+		words = append(words, family.NFT(), field)
+		if not {
+			words = append(words, "!=")
+		}
+		words = append(words, "@"+s.Name)
+	}
+	set("saddr", r.SrcIn, r.NotSrcIn)
+	set("daddr", r.DstIn, r.NotDstIn)
 	words = append(words, strings.ToLower(string(r.Verdict)))
 	if r.Ports != (PortRange{}) {
 		words = append(words, "to", fmt.Sprintf(":%d-%d", r.Ports.First, r.Ports.Last))
@@ -379,6 +414,10 @@ func (r *Ruleset) Apply(op backend.Op) error {
 		return r.applyTable(op.Do, o)
 	case Guest:
 		return r.applyGuest(op.Do, o)
+	case Set:
+		return r.applySet(op.Do, o)
+	case Members:
+		return r.applyMembers(op.Do, o)
 	case Chain:
 		return r.applyChain(op.Do, o)
 	case Jump:
@@ -404,6 +443,7 @@ func (r *Ruleset) applyTable(do backend.Verb, t Table) error {
 		return fmt.Errorf("no table %s %s", t.Family.NFT(), t.Name)
 	}
 	delete(r.Tables, t) // and all that is in it
+	maps.DeleteFunc(r.Sets, func(s Set, _ map[netip.Addr]bool) bool { return s.table() == t })
 	maps.DeleteFunc(r.Chains, func(c Chain, _ []Rule) bool { return c.table() == t })
 	maps.DeleteFunc(r.Jumps, func(j Jump, _ bool) bool { return j.Chain.table() == t })
 	return nil
@@ -483,6 +523,8 @@ func (r *Ruleset) applyEntry(do backend.Verb, e Entry) error {
 	case do == backend.Delete && (i < 0 || i >= len(rules) || rules[i] != e.Rule),
 		do != backend.Delete && (i < 0 || i > len(rules)):
 		return fmt.Errorf("chain %s holds another rule, or none, at %d", e.Chain.Name, e.At)
+	case do != backend.Delete && r.lacks(e.Rule):
+		return fmt.Errorf("no set that a rule of chain %s names", e.Chain.Name)
 	case do == backend.Delete:
 		r.Chains[e.Chain] = slices.Delete(slices.Clone(rules), i, i+1)
 	default:
