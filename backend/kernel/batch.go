@@ -102,7 +102,7 @@ func (c *conn) doAll(changes []change) []error {
 		}
 		for _, m := range msgs {
 			if i := m.Header.Seq - first; m.Header.Type == unix.NLMSG_ERROR && i < uint32(len(changes)) {
-				errs[i] = refusal(m)
+				errs[i] = refusal(m.Header.Flags, m.Data)
 				known = int(i) + 1 // the kernel goes in order, so what was before it is known too
 			}
 		}
@@ -123,24 +123,24 @@ func send(s *nl.NetlinkSocket, b []byte) error {
 	}
 }
 
-// refusal is what an NLMSG_ERROR says, nil where it says that all is well.
-func refusal(m syscall.NetlinkMessage) error {
-	if len(m.Data) < unix.SizeofNlMsgerr {
+// refusal is what the body of an NLMSG_ERROR says, nil where that is that all is well.
+func refusal(flags uint16, b []byte) error {
+	if len(b) < unix.SizeofNlMsgerr {
 		return errors.New("the kernel's answer is cut off")
 	}
-	errno := int32(binary.NativeEndian.Uint32(m.Data))
+	errno := int32(binary.NativeEndian.Uint32(b))
 	if errno == 0 {
 		return nil
 	}
 	err := error(unix.Errno(-errno))
-	if m.Header.Flags&unix.NLM_F_ACK_TLVS == 0 {
+	if flags&unix.NLM_F_ACK_TLVS == 0 {
 		return err
 	}
 	// The kernel's words come behind the request, which it sends back.
-	request := int(binary.NativeEndian.Uint32(m.Data[4:]))
+	request := int(binary.NativeEndian.Uint32(b[4:]))
 	request = (request + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1)
-	if words := 4 + request; words <= len(m.Data) {
-		for typ, v := range attrs(m.Data[words:]) {
+	if words := 4 + request; words <= len(b) {
+		for typ, v := range attrs(b[words:]) {
 			if typ == nl.NLMSGERR_ATTR_MSG {
 				return fmt.Errorf("%w: %s", err, getString(v))
 			}
