@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -150,8 +151,10 @@ func (d *differ) addresses(want, have map[AddrKey]Addr) {
 			stay4[k.Dev] = stay4[k.Dev] || k.Prefix.Addr().Is4()
 		}
 	}
-	for dev := range stay4 {
-		d.bare4[dev] = d.bare4[dev] && !stay4[dev]
+	for dev, stays := range stay4 {
+		if stays {
+			delete(d.bare4, dev)
+		}
 	}
 	for a := range stay {
 		delete(d.sources, a)
@@ -161,6 +164,9 @@ func (d *differ) addresses(want, have map[AddrKey]Addr) {
 // compare plans one kind of object, other than links and sysctls.
 func compare[K comparable, V Object](d *differ, want, have map[K]V, same func(a, b V) bool) {
 	careful := len(d.gone)+len(d.down)+len(d.bare4)+len(d.sources)+len(d.taken)+len(d.blocked) > 0
+	if !careful && isSame(want, have) {
+		return
+	}
 	matched := 0
 	for k, w := range want {
 		h, there := have[k]
@@ -190,6 +196,11 @@ func compare[K comparable, V Object](d *differ, want, have map[K]V, same func(a,
 			d.plan(Delete, h, h)
 		}
 	}
+}
+
+// isSame reports whether two maps are one and the same, which is how a host says that it holds what is wanted.
+func isSame[K comparable, V any](a, b map[K]V) bool {
+	return reflect.ValueOf(a).Pointer() == reflect.ValueOf(b).Pointer()
 }
 
 // loses reports whether the kernel takes o away, or has done so, because of another operation.

@@ -254,29 +254,52 @@ type result struct {
 func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 	var res result
 	missing := map[string]bool{}
-	for _, op := range ops {
+	for len(ops) > 0 {
 		if ctx.Err() != nil {
 			res.blocked = true
 			return res
 		}
-		if missing[backend.Device(op.What)] {
-			res.of = append(res.of, skipped)
+		if missing[backend.Device(ops[0].What)] {
+			res.of, ops = append(res.of, skipped), ops[1:]
 			continue
 		}
-		err := k.Apply(ctx, op)
-		if err == nil {
-			res.of = append(res.of, done)
-			continue
+		now := together(ops, missing)
+		for i, err := range k.ApplyAll(ctx, ops[:now]) {
+			res.note(ops[i], err)
+			if link, ok := ops[i].What.(backend.Link); ok && err != nil && ops[i].Do != backend.Delete {
+				missing[link.Name] = true
+			}
 		}
-		res.of = append(res.of, failed)
-		res.blocked = res.blocked || op.Peer == ""
-		res.problems = append(res.problems, subnet.Problem{
-			Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
-		if link, ok := op.What.(backend.Link); ok && op.Do != backend.Delete {
-			missing[link.Name] = true
-		}
+		ops = ops[now:]
 	}
 	return res
+}
+
+// atOnce is how many operations are begun before the daemon looks whether it is to end.
+const atOnce = 500
+
+// together is how many operations can be made without a look at what has become of the first. What hangs on a link waits
+// for the link.
+func together(ops []backend.Op, missing map[string]bool) int {
+	n := 1
+	for _, isLink := ops[0].What.(backend.Link); !isLink && n < min(len(ops), atOnce); n++ {
+		if _, isLink = ops[n].What.(backend.Link); isLink || missing[backend.Device(ops[n].What)] {
+			break
+		}
+	}
+	return n
+}
+
+// note records what came of the next operation.
+func (res *result) note(op backend.Op, err error) {
+	if err == nil {
+		res.of = append(res.of, done)
+		return
+	}
+	res.of = append(res.of, failed)
+	res.blocked = res.blocked || op.Peer == ""
+	res.problems = append(res.problems, subnet.Problem{
+		Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
 }
 
 // sleep waits, and reports false when ctx ended first.

@@ -19,7 +19,14 @@ func (k *Kernel) Apply(ctx context.Context, op backend.Op) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	err := k.apply(op)
+	return explain(op, k.apply(op))
+}
+
+// explain says what is behind an errno.
+func explain(op backend.Op, err error) error {
+	if r, ok := op.What.(backend.Route); ok && op.Do != backend.Delete {
+		err = explainRoute(r, err)
+	}
 	switch {
 	case err == nil:
 		return nil
@@ -32,17 +39,17 @@ func (k *Kernel) Apply(ctx context.Context, op backend.Op) error {
 }
 
 func (k *Kernel) apply(op backend.Op) error {
+	if c, ok, err := k.changeOf(op); ok || err != nil {
+		if err != nil {
+			return err
+		}
+		return k.conn.do(c.typ, c.flags, c.body)
+	}
 	switch o := op.What.(type) {
 	case backend.Link:
 		return k.applyLink(op.Do, o, op.Was)
 	case backend.Addr:
 		return k.applyAddr(op.Do, o)
-	case backend.Neigh:
-		return k.applyNeigh(op.Do, o)
-	case backend.FDBEntry:
-		return k.applyFDB(op.Do, o)
-	case backend.Route:
-		return k.applyRoute(op.Do, o)
 	case backend.Rule:
 		return k.applyRule(op.Do, o)
 	case backend.Sysctl:
@@ -81,26 +88,26 @@ func (k *Kernel) applyAddr(do backend.Verb, a backend.Addr) error {
 	return k.conn.do(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, m)
 }
 
-func (k *Kernel) applyNeigh(do backend.Verb, n backend.Neigh) error {
+func (k *Kernel) neighChange(do backend.Verb, n backend.Neigh) (change, error) {
 	m, err := k.neighMessage(family(n.Addr), n.Dev, 0)
 	if err != nil {
-		return err
+		return change{}, err
 	}
 	m.addr(unix.NDA_DST, n.Addr)
 	m.bytes(unix.NDA_LLADDR, n.MAC[:])
-	return k.changeNeigh(do, m)
+	return neighRequest(do, m), nil
 }
 
-func (k *Kernel) applyFDB(do backend.Verb, e backend.FDBEntry) error {
+func (k *Kernel) fdbChange(do backend.Verb, e backend.FDBEntry) (change, error) {
 	m, err := k.neighMessage(unix.AF_BRIDGE, e.Dev, unix.NTF_SELF)
 	if err != nil {
-		return err
+		return change{}, err
 	}
 	m.bytes(unix.NDA_LLADDR, e.MAC[:])
 	if e.Dst.IsValid() {
 		m.addr(unix.NDA_DST, e.Dst)
 	}
-	return k.changeNeigh(do, m)
+	return neighRequest(do, m), nil
 }
 
 func (k *Kernel) neighMessage(family uint8, dev string, flags uint8) (message, error) {
@@ -114,19 +121,19 @@ func (k *Kernel) neighMessage(family uint8, dev string, flags uint8) (message, e
 	return m, nil
 }
 
-// changeNeigh replaces also when it adds: the kernel may have an entry of its own making there, which is worth nothing
+// neighRequest replaces also when it adds: the kernel may have an entry of its own making there, which is worth nothing
 // beside a permanent one.
-func (k *Kernel) changeNeigh(do backend.Verb, m message) error {
+func neighRequest(do backend.Verb, m message) change {
 	switch do {
 	case backend.Delete:
-		return k.conn.do(unix.RTM_DELNEIGH, 0, m)
+		return change{unix.RTM_DELNEIGH, 0, m}
 	case backend.Change:
-		return k.conn.do(unix.RTM_NEWNEIGH, unix.NLM_F_REPLACE, m)
+		return change{unix.RTM_NEWNEIGH, unix.NLM_F_REPLACE, m}
 	}
-	return k.conn.do(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, m)
+	return change{unix.RTM_NEWNEIGH, unix.NLM_F_CREATE | unix.NLM_F_REPLACE, m}
 }
 
-func (k *Kernel) applyRoute(do backend.Verb, r backend.Route) error {
+func (k *Kernel) routeChange(do backend.Verb, r backend.Route) (change, error) {
 	m := make(message, unix.SizeofRtMsg, 96)
 	m[0], m[1], m[5] = family(r.Dst.Addr()), uint8(r.Dst.Bits()), backend.Owner
 	m.addr(unix.RTA_DST, r.Dst.Addr())
@@ -140,11 +147,11 @@ func (k *Kernel) applyRoute(do backend.Verb, r backend.Route) error {
 		if r.Dst.Addr().Is6() && r.Metric == 0 {
 			m.u32(unix.RTA_PRIORITY, kernelMetric6)
 		}
-		return k.conn.do(unix.RTM_DELROUTE, 0, m)
+		return change{unix.RTM_DELROUTE, 0, m}, nil
 	}
 	index, err := k.indexOf(r.Dev)
 	if err != nil {
-		return err
+		return change{}, err
 	}
 	m[7] = unix.RTN_UNICAST
 	m.u32(unix.RTA_OIF, uint32(index))
@@ -163,7 +170,7 @@ func (k *Kernel) applyRoute(do backend.Verb, r backend.Route) error {
 	if do == backend.Change {
 		flags = unix.NLM_F_REPLACE
 	}
-	return explainRoute(r, k.conn.do(unix.RTM_NEWROUTE, flags, m))
+	return change{unix.RTM_NEWROUTE, flags, m}, nil
 }
 
 func explainRoute(r backend.Route, err error) error {

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -26,6 +27,7 @@ func TestContract(t *testing.T) {
 type host interface {
 	Observe(context.Context, backend.State) (backend.Observed, error)
 	Apply(context.Context, backend.Op) error
+	ApplyAll(context.Context, []backend.Op) []error
 	ObserveFilter(context.Context, masq.Ruleset) (masq.Ruleset, error)
 	ObserveAll(context.Context) (backend.State, error)
 	ObserveAllFilters(context.Context) (masq.Ruleset, error)
@@ -190,6 +192,8 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"EachKindGoes", askEachKindGoes},
 		{"CleanupLeavesNothing", askCleanup},
 		{"SecondAddIsRefused", askSecondAdd},
+		{"FailuresAmongManyAtOnce", askFailuresAmongMany},
+		{"ManyAtOnceLoseTheirOrder", askOrderOfMany},
 		{"ChangeOfWhatIsGone", askChangeOfWhatIsGone},
 		{"DeleteOfWhatIsGone", askDeleteOfWhatIsGone},
 		{"SetDownAndUpByHand", askDownUp},
@@ -329,6 +333,58 @@ func askSecondAdd(t *testing.T, h host) {
 		}
 	}
 	settled(t, h, sample())
+}
+
+// askFailuresAmongMany makes many changes at once, of which every third must fail, and so many that their failures alone
+// are more than one batch.
+func askFailuresAmongMany(t *testing.T, h host) {
+	want := sample()
+	pass(t, h, want)
+	var ops []backend.Op
+	fails := map[int]string{}
+	for i := range 1000 {
+		r := tunnelRoute(fmt.Sprintf("10.%d.%d.0/24", 100+i/250, i%250), "10.244.7.0", 0)
+		switch i % 3 {
+		case 0:
+			r.Dst = netip.MustParsePrefix("10.244.7.0/24")
+			fails[i] = "file exists"
+		case 1:
+			put(want, r)
+		case 2:
+			n := neighTo(fmt.Sprintf("10.%d.%d.0", 100+i/250, i%250))
+			put(want, n)
+			ops = append(ops, add(n))
+			continue
+		}
+		ops = append(ops, add(r))
+	}
+	astray := bridgeRoute("10.9.0.0/16", "")
+	astray.Dev = "nosuch"
+	ops[500] = add(astray)
+	fails[500] = "no such device"
+	errs := h.ApplyAll(t.Context(), ops)
+	if len(errs) != len(ops) {
+		t.Fatalf("%d answers for %d changes", len(errs), len(ops))
+	}
+	for i, err := range errs {
+		if why, bad := fails[i]; bad != (err != nil) || bad && !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v, want %q", ops[i], err, why)
+		}
+	}
+	pass(t, h, want) // the one that ops[500] was in place of
+}
+
+// askOrderOfMany makes at once what can only be made one after the other.
+func askOrderOfMany(t *testing.T, h host) {
+	ops, _ := plan(t, h, sample())
+	// With the bridge goes what the kernel has been told to make before.
+	ops = append(ops, backend.Op{Do: backend.Delete, What: sampleBridge(), Was: sampleBridge()})
+	for i, err := range h.ApplyAll(t.Context(), ops) {
+		if err != nil {
+			t.Errorf("%s: %v", ops[i], err)
+		}
+	}
+	pass(t, h, sample())
 }
 
 func askChangeOfWhatIsGone(t *testing.T, h host) {

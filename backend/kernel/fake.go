@@ -223,6 +223,15 @@ func (f *Fake) Apply(ctx context.Context, op backend.Op) error {
 	return f.change(op, true)
 }
 
+// ApplyAll is as in Kernel.
+func (f *Fake) ApplyAll(ctx context.Context, ops []backend.Op) []error {
+	errs := make([]error, len(ops))
+	for i, op := range ops {
+		errs[i] = f.Apply(ctx, op)
+	}
+	return errs
+}
+
 // ByHand makes a change as somebody else at this host would: it is not among Ops, and Fail does not see it.
 func (f *Fake) ByHand(op backend.Op) error { return f.change(op, false) }
 

@@ -75,6 +75,11 @@ func (h *realHost) Apply(ctx context.Context, op backend.Op) (err error) {
 	return err
 }
 
+func (h *realHost) ApplyAll(ctx context.Context, ops []backend.Op) (errs []error) {
+	h.ns.Do(h.t, func() { errs = h.Kernel.ApplyAll(ctx, ops) })
+	return errs
+}
+
 func (h *realHost) ObserveFilter(ctx context.Context, want masq.Ruleset) (have masq.Ruleset, err error) {
 	h.ns.Do(h.t, func() { have, err = h.Kernel.ObserveFilter(ctx, want) })
 	return have, err

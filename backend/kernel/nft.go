@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -223,7 +224,7 @@ func (n *nftables) rules(c masq.Chain) ([]nftRule, error) { return n.dumpRules(c
 
 func (n *nftables) dumpRules(chain string, of message) (rules []nftRule, err error) {
 	err = n.conn.dump(nftType(unix.NFT_MSG_GETRULE), of, func() { rules = nil }, func(b []byte) {
-		if r := parseNFTRule(b); r.chain == chain {
+		if r := parseNFTRule(bytes.Clone(b)); r.chain == chain {
 			rules = append(rules, r)
 		}
 	})

@@ -38,6 +38,10 @@ type survey struct {
 	have  backend.Observed
 	names map[int]string // of all links that were met
 	ours  map[int]link   // by index
+
+	neighsSeen seen[backend.NeighKey, backend.Neigh]
+	fdbSeen    seen[backend.FDBKey, backend.FDBEntry]
+	routesSeen seen[backend.RouteKey, backend.Route]
 }
 
 func (s *survey) stranger(key any, format string, args ...any) {
@@ -195,8 +199,7 @@ func (s *survey) lookAtAddrs() error {
 
 // lookAtNeighs reads neighbours and FDB entries of our VXLAN devices. The bridge's are its own: it learns them.
 func (s *survey) lookAtNeighs() error {
-	s.have.Neighs = make(map[backend.NeighKey]backend.Neigh, len(s.want.Neighs))
-	s.have.FDB = make(map[backend.FDBKey]backend.FDBEntry, len(s.want.FDB))
+	s.neighsSeen, s.fdbSeen = newSeen(s.want.Neighs), newSeen(s.want.FDB)
 	for _, l := range s.ours {
 		if !l.is(backend.KindVXLAN) {
 			continue
@@ -208,6 +211,7 @@ func (s *survey) lookAtNeighs() error {
 			return fmt.Errorf("listing the FDB of %s: %w", l.name, err)
 		}
 	}
+	s.have.Neighs, s.have.FDB = s.neighsSeen.all(), s.fdbSeen.all()
 	return nil
 }
 
@@ -225,8 +229,10 @@ func (s *survey) neighs(family uint8, l link, add func(link, neighbour)) error {
 
 func (s *survey) addNeigh(l link, n neighbour) {
 	if n.dst.IsValid() {
-		key := backend.NeighKey{Dev: l.name, Addr: n.dst}
-		s.have.Neighs[key] = backend.Neigh{NeighKey: key, MAC: n.mac}
+		v := backend.Neigh{NeighKey: backend.NeighKey{Dev: l.name, Addr: n.dst}, MAC: n.mac}
+		want, ok := s.want.Neighs[v.NeighKey]
+		v.Peer = want.Peer
+		s.neighsSeen.add(v.NeighKey, v, ok && v == want)
 	}
 }
 
@@ -235,7 +241,10 @@ func (s *survey) addFDB(l link, n neighbour) {
 	if n.odd { // with another VNI, port or device the same destination is another place
 		n.dst = netip.Addr{}
 	}
-	s.have.FDB[key] = backend.FDBEntry{FDBKey: key, Dst: n.dst}
+	v := backend.FDBEntry{FDBKey: key, Dst: n.dst}
+	want, ok := s.want.FDB[key]
+	v.Peer = want.Peer
+	s.fdbSeen.add(key, v, ok && v == want)
 }
 
 func (s *survey) lookAtRules() error {

@@ -14,7 +14,7 @@ import (
 const kernelMetric6 = 1024
 
 func (s *survey) lookAtRoutes() error {
-	s.have.Routes = make(map[backend.RouteKey]backend.Route, len(s.want.Routes))
+	s.routesSeen = newSeen(s.want.Routes)
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		var unnamed []route // whose device has to be asked for, which the socket cannot be in the middle of a dump
 		// Nothing needs to be forgotten before another try: what is gone by then is found out by the next pass.
@@ -38,6 +38,10 @@ func (s *survey) lookAtRoutes() error {
 			}
 			s.addRoute(r, dev)
 		}
+	}
+	s.have.Routes = s.routesSeen.all()
+	if s.routesSeen.asWanted() {
+		return nil
 	}
 	return s.lookForStrangeRoutes()
 }
@@ -74,7 +78,9 @@ func (s *survey) addRoute(r route, dev string) {
 	if r.typ == unix.RTN_UNICAST && r.hops == nil && r.dev != 0 {
 		v.Dev, v.Via, v.Src, v.Onlink = dev, r.via, r.src, r.flags&unix.RTNH_F_ONLINK != 0
 	}
-	s.have.Routes[v.RouteKey] = v
+	want, ok := s.want.Routes[v.RouteKey]
+	v.Peer = want.Peer
+	s.routesSeen.add(v.RouteKey, v, ok && v == want)
 }
 
 // routeKey writes the kernel's own metric as State does.
@@ -99,7 +105,6 @@ func (s *survey) lookForStrangeRoutes() error {
 	missing := map[backend.RouteKey]bool{}
 	places := map[place]bool{}
 	for key, want := range s.want.Routes {
-		want.Peer = ""
 		if have, there := s.have.Routes[key]; !there || have != want {
 			missing[key] = true
 			places[place{family(key.Dst.Addr()), key.Table}] = true

@@ -20,6 +20,7 @@ import (
 type conn struct {
 	protocol int // NETLINK_*
 	sockets  map[int]*nl.SocketHandle
+	buffer   []byte // of dumps
 }
 
 // dial opens a socket in the calling thread's network namespace.
@@ -38,7 +39,7 @@ func dial(protocol int) (*conn, error) {
 		s.Close()
 		return nil, fmt.Errorf("preparing a netlink socket: %w", err)
 	}
-	return &conn{protocol, map[int]*nl.SocketHandle{protocol: {Socket: s}}}, nil
+	return &conn{protocol: protocol, sockets: map[int]*nl.SocketHandle{protocol: {Socket: s}}}, nil
 }
 
 func (c *conn) close() { c.sockets[c.protocol].Close() }
@@ -69,17 +70,14 @@ func (c *conn) get(typ uint16, m message) ([]byte, error) {
 	return msgs[0], nil
 }
 
-// dump calls each for every object that m asks for. It starts over when objects changed meanwhile, so before each try
-// reset is called.
+// dump calls each for every object that m asks for; each must not keep what it gets. It starts over when objects changed
+// meanwhile, so before each try reset is called.
 func (c *conn) dump(typ uint16, m message, reset func(), each func(msg []byte)) error {
 	const tries = 10
 	var err error
 	for range tries {
 		reset()
-		err = c.request(typ, unix.NLM_F_DUMP, m).ExecuteIter(c.protocol, 0, func(msg []byte) bool {
-			each(msg)
-			return true
-		})
+		err = c.eachAnswer(typ, m, each)
 		if !errors.Is(err, nl.ErrDumpInterrupted) {
 			return err
 		}
