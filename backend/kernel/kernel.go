@@ -36,6 +36,7 @@ type Kernel struct {
 
 	mu       sync.Mutex
 	index    map[string]int           // of links, as last seen
+	inWay    map[any]bool             // strangers that stood where something of ours should, as last seen; see isInWay
 	variants map[masq.Variant]*filter // those of iptables that are meant by name
 }
 
@@ -95,6 +96,14 @@ func (k *Kernel) remember(name string, index int) {
 	} else {
 		k.index[name] = index
 	}
+}
+
+// isInWay reports whether a stranger that key is of stood in our way when Observe looked last. Of a link it is the index,
+// of a route or a rule its key.
+func (k *Kernel) isInWay(key any) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.inWay[key]
 }
 
 // indexOf returns the index of the link called name.

@@ -365,7 +365,7 @@ func FuzzParsers(f *testing.F) {
 		textOf(r.exprs)
 		parseNFTChain(b)
 		for typ := range uint16(200) {
-			(&watcher{uplink: func(string) bool { return true }, links: map[int]link{}, addrs: map[addrAt]uint32{},
+			(&watcher{kernel: &Kernel{}, uplink: func(string) bool { return true }, links: map[int]link{}, addrs: map[addrAt]uint32{},
 				forwarding: map[[2]int]uint32{}}).heard(syscall.NetlinkMessage{
 				Header: syscall.NlMsghdr{Type: typ}, Data: b})
 		}
