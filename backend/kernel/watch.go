@@ -226,12 +226,12 @@ func (w *watcher) heardRoute(b []byte) bool {
 	return r.isWay(near) && (slices.ContainsFunc(r.devs(), leaves) || near(r.key.Dst))
 }
 
-// heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair, and what the
-// kernel makes of it by itself no repair.
+// heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair. What the kernel
+// makes by itself, of multicast addresses, is not permanent; what the bridge command makes is both.
 func (w *watcher) heardNeigh(b []byte) bool {
 	n, ok := parseNeigh(b)
 	l := w.links[n.index]
-	return ok && l.ours() && l.is(backend.KindVXLAN) && n.state&unix.NUD_NOARP == 0
+	return ok && l.ours() && l.is(backend.KindVXLAN) && n.state&(unix.NUD_NOARP|unix.NUD_PERMANENT) != unix.NUD_NOARP
 }
 
 func (w *watcher) heardNetconf(b []byte) bool {

@@ -179,3 +179,18 @@ func TestOffloadIsSwitchedAndNothingRings(t *testing.T) {
 		}
 	}
 }
+
+// The bridge command says of what it makes that it need not be asked for (NOARP), as the kernel does of its own.
+func TestForwardingEntryIsChangedByHandAndNothingRings(t *testing.T) {
+	h := newRealHost(t)
+	pass(t, h, sample())
+	r := watch(t, h, func(string) bool { return false })
+	for _, c := range []string{
+		"bridge fdb replace 0e:00:00:00:00:07 dev tweed.1 dst 192.0.2.99 self permanent",
+		"bridge fdb add 0e:00:00:00:00:08 dev tweed.1 dst 192.0.2.99 self permanent",
+	} {
+		h.ns.Run(t, c)
+		r.await(t, c)
+		r.quiet()
+	}
+}
