@@ -57,6 +57,7 @@ func reasonOf(kind string) string {
 		subnet.KindPublish:    "NotPublished",
 		subnet.KindPods:       "PodsAffected",
 		subnet.KindConfig:     "ConfigNotInForce",
+		subnet.KindFight:      "FoughtOver",
 	}
 	return cmp.Or(reasons[kind], "Problem")
 }

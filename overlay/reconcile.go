@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -16,7 +17,11 @@ import (
 const (
 	// pace is the shortest time from the end of one pass to the next. It keeps a storm of events from making us spin.
 	pace = 200 * time.Millisecond
-	// slow is the time after which a pass is made although no bell rang: some changes ring none.
+	// share and longestPause make that time longer behind a pass that repaired drift, or failed: who fights with us over
+	// a large node gets a quarter of a processor out of us, and what is taken away still comes back within a second.
+	share        = 3
+	longestPause = 500 * time.Millisecond
+	// slow is the time after which a pass is made although no bell rang, unless Interval says otherwise.
 	slow = 30 * time.Second
 	// retry is the time to the next pass after one that failed; it doubles up to slow.
 	retry = time.Second
@@ -30,6 +35,9 @@ type Reconciler struct {
 	Announcer Announcer
 	// MetricsAddress may be set before Run, to a HOST:PORT that CheckMetricsAddress takes; empty for none.
 	MetricsAddress string
+	// Interval is the time after which a pass is made although no bell rang, because some changes ring none. It may be set
+	// before Run; 30 s if zero.
+	Interval time.Duration
 
 	planner *Planner
 	cni     CNIConf
@@ -46,6 +54,8 @@ type Reconciler struct {
 	events      chan []event
 	undeclared  atomic.Pointer[string] // why the Node does not say how this node fares
 	vigil       vigil
+	fights      fights
+	said        streak // what the log has
 	uplinks     atomic.Pointer[[]string]
 	report      atomic.Pointer[Report]
 	passed      atomic.Int64 // when the last pass ended, Unix nanoseconds
@@ -99,21 +109,29 @@ func (r *Reconciler) Passes(ctx context.Context) error {
 			return nil
 		}
 		r.meter.note(rep)
-		logChange(r.log, *r.report.Load(), rep)
+		logChange(r.log, &r.said, *r.report.Load(), rep)
 		r.report.Store(&rep)
 		r.passed.Store(time.Now().UnixNano())
 
-		wait := slow
+		wait := cmp.Or(r.Interval, slow)
 		if rep.Failed > 0 {
-			wait, again = again, min(2*again, slow)
+			wait, again = again, min(2*again, wait)
 		} else {
 			again = retry
 		}
 		timer.Reset(shorter(wait, r.announce(rep)))
-		if !sleep(ctx, pace) {
+		if !sleep(ctx, rep.pause()) {
 			return nil
 		}
 	}
+}
+
+// pause is the shortest time to the next pass.
+func (r Report) pause() time.Duration {
+	if r.Drift+r.Failed == 0 {
+		return pace
+	}
+	return min(max(pace, share*time.Duration(r.TookMs*float64(time.Millisecond))), longestPause)
 }
 
 // pass plans, applies, and tells the plugin and the other nodes once all is right.
@@ -129,7 +147,8 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 		r.log.Info("pod network changed", "network", listing(plan.Grown.Prefixes(), ","))
 	}
 	for _, op := range plan.Ops {
-		if op.What.Kind() == "sysctl" { // they are the host's more than ours, so each is told
+		// They are the host's more than ours, so each is told.
+		if op.What.Kind() == "sysctl" && r.said.again(op.String(), start) <= oftenEnough {
 			r.log.Info("host setting", "command", op)
 		}
 	}
@@ -143,6 +162,8 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 		rep.Waiting = "waiting for this node's lease to be published"
 	}
 	rep.missing(plan.Stale)
+	fought, over := r.fights.note(plan, res, start)
+	rep.Problems, rep.fight = append(rep.Problems, fought...), over
 	problem := func(kind, text string) {
 		rep.Problems = append(rep.Problems, subnet.Problem{Kind: kind, Text: text})
 	}

@@ -35,8 +35,9 @@ type Report struct {
 	// TookMs is the duration of the pass in milliseconds.
 	TookMs float64 `json:"tookMs"`
 
-	node string // this node's name, as far as known
-	lack lack
+	node  string // this node's name, as far as known
+	fight bool   // all that was done was to go on with fights
+	lack  lack
 
 	census census
 	tally  *tally          // nil where no pass could be made
@@ -116,9 +117,12 @@ func (r *Report) missing(w *Waiting) {
 func (r Report) Ready() bool { return r.Converged && r.Waiting == "" }
 
 // logChange logs what is different since the report before: operations, problems that came and went, and what is waited
-// for. A pass like the one before it logs nothing.
-func logChange(log *slog.Logger, before, now Report) {
-	if now.Waiting != "" && now.Waiting != before.Waiting {
+// for. A pass like the one before it logs nothing, nor does one that goes on with a fight, and a problem that comes and
+// goes all the time is not told each time: said has the rest.
+func logChange(log *slog.Logger, said *streak, before, now Report) {
+	at := time.Now()
+	said.forget(at)
+	if now.Waiting != "" && now.Waiting != before.Waiting && said.again(now.Waiting, at) <= oftenEnough {
 		log.Warn("waiting", "for", now.Waiting)
 	}
 	was := map[subnet.Problem]bool{}
@@ -127,19 +131,26 @@ func logChange(log *slog.Logger, before, now Report) {
 	}
 	for _, p := range now.Problems {
 		if !was[p] {
-			log.Warn("problem", "node", p.Node, "kind", p.Kind, "why", p.Text)
+			switch n := said.again(p.String(), at); {
+			case n < oftenEnough:
+				log.Warn("problem", "node", p.Node, "kind", p.Kind, "why", p.Text)
+			case n == oftenEnough:
+				log.Warn("problem comes and goes, and is not told each time", "node", p.Node, "kind", p.Kind, "why", p.Text)
+			}
 		}
 		delete(was, p)
 	}
 	for p := range was {
-		log.Info("problem gone", "node", p.Node, "kind", p.Kind, "what", p.Text)
-	}
-	worked := now.Done+now.Failed+now.Skipped > 0
-	if worked || now.Converged != before.Converged {
-		msg := "converged"
-		if !now.Converged {
-			msg = "not converged"
+		if said.times(p.String()) < oftenEnough {
+			log.Info("problem gone", "node", p.Node, "kind", p.Kind, "what", p.Text)
 		}
+	}
+	msg := "converged"
+	if !now.Converged {
+		msg = "not converged"
+	}
+	worked := now.Done+now.Failed+now.Skipped > 0 && !now.fight
+	if worked || now.Converged != before.Converged && said.again(msg, at) <= oftenEnough {
 		log.Info(msg, "ops", now.Done, "failed", now.Failed, "skipped", now.Skipped, "peers", now.Peers,
 			"took", time.Duration(now.TookMs*float64(time.Millisecond)).Round(100*time.Microsecond))
 	}

@@ -72,12 +72,14 @@ const (
 	KindPublish    = "publish"    // this node's lease could not be written
 	KindPods       = "pods"       // something on this node keeps pods from working
 	KindConfig     = "config"     // this node's configuration has changed, and cannot come into force
+	KindFight      = "fight"      // something else changes, again and again, what is repaired on this node
 )
 
 // Kinds lists the kinds of Problem.
 func Kinds() []string {
 	return []string{
 		KindAnnotation, KindLease, KindConflict, KindStranger, KindKernel, KindPublish, KindPods, KindConfig,
+		KindFight,
 	}
 }
 

@@ -39,6 +39,7 @@ type Kernel struct {
 	index map[string]int               // of links, as last seen
 	inUse map[masq.Family]masq.Variant // of iptables, as last seen
 	named map[string]masq.Variant      // what programs are, by their paths
+	inWay map[any]bool                 // strangers that stood where something of ours should, as last seen; see isInWay
 }
 
 // errPermission is what every refusal for lack of rights ends in.
@@ -104,6 +105,14 @@ func (k *Kernel) remember(name string, index int) {
 	} else {
 		k.index[name] = index
 	}
+}
+
+// isInWay reports whether a stranger that key is of stood in our way when Observe looked last. Of a link it is the index,
+// of a route or a rule its key.
+func (k *Kernel) isInWay(key any) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.inWay[key]
 }
 
 // indexOf returns the index of the link called name.

@@ -371,9 +371,9 @@ func FuzzParsers(f *testing.F) {
 		heardFilter(syscall.NetlinkMessage{
 			Header: syscall.NlMsghdr{Type: nftType(unix.NFT_MSG_NEWRULE)}, Data: b})
 		for typ := range uint16(200) {
-			(&watcher{uplink: func(string) bool { return true }, links: map[int]link{}, addrs: map[addrAt]uint32{},
-				forwarding: map[[2]int]uint32{}}).heard(syscall.NetlinkMessage{
-				Header: syscall.NlMsghdr{Type: typ}, Data: b})
+			w := &watcher{kernel: &Kernel{}, uplink: func(string) bool { return true }, links: map[int]link{},
+				addrs: map[addrAt]uint32{}, forwarding: map[[2]int]uint32{}}
+			w.heard(syscall.NetlinkMessage{Header: syscall.NlMsghdr{Type: typ}, Data: b})
 		}
 	})
 }

@@ -16,7 +16,7 @@ import (
 // Observe reads what this host holds of ours, and what is not ours but stands where something in want should. Of
 // sysctls it reads those in want. What the kernel cannot tell or do it reports as wanted.
 func (k *Kernel) Observe(ctx context.Context, want backend.State) (backend.Observed, error) {
-	s := survey{Kernel: k, ctx: ctx, want: want, names: map[int]string{}, ours: map[int]link{}}
+	s := survey{Kernel: k, ctx: ctx, want: want, names: map[int]string{}, ours: map[int]link{}, inWay: map[any]bool{}}
 	for _, look := range []func() error{
 		s.lookAtLinks, s.lookAtAddrs, s.lookAtNeighs, s.lookAtRoutes, s.lookAtRules, s.lookAtSysctls,
 	} {
@@ -27,6 +27,9 @@ func (k *Kernel) Observe(ctx context.Context, want backend.State) (backend.Obser
 			return backend.Observed{}, err
 		}
 	}
+	k.mu.Lock()
+	k.inWay = s.inWay
+	k.mu.Unlock()
 	return s.have, nil
 }
 
@@ -38,13 +41,16 @@ type survey struct {
 	have  backend.Observed
 	names map[int]string // of all links that were met
 	ours  map[int]link   // by index
+	inWay map[any]bool   // as in Kernel
 
 	neighsSeen seen[backend.NeighKey, backend.Neigh]
 	fdbSeen    seen[backend.FDBKey, backend.FDBEntry]
 	routesSeen seen[backend.RouteKey, backend.Route]
 }
 
-func (s *survey) stranger(key any, format string, args ...any) {
+// stranger notes one: key is what it keeps us from, at what it is itself (see isInWay).
+func (s *survey) stranger(key, at any, format string, args ...any) {
+	s.inWay[at] = true
 	s.have.Strangers = append(s.have.Strangers, backend.Stranger{Key: key, What: fmt.Sprintf(format, args...)})
 }
 
@@ -136,7 +142,7 @@ func (s *survey) lookForStrangers(name string, want backend.Link, vxlans []link)
 		case err != nil:
 			return err
 		default:
-			s.stranger(name, "a device called %s is there and is not ours (%s, group %d); remove it (ip link del %s) "+
+			s.stranger(name, l.index, "a device called %s is there and is not ours (%s, group %d); remove it (ip link del %s) "+
 				"or give it another name (ip link set dev %s name ...)", name, kindName(l), l.group, name, name)
 			return nil
 		}
@@ -147,7 +153,7 @@ func (s *survey) lookForStrangers(name string, want backend.Link, vxlans []link)
 		return nil
 	}
 	if l, ok := clash(want.VXLAN, vxlans); ok {
-		s.stranger(name, "%s", clashText(l))
+		s.stranger(name, l.index, "%s", clashText(l))
 	}
 	return nil
 }
@@ -263,7 +269,7 @@ func (s *survey) lookAtRules() error {
 		if r.protocol == backend.Owner {
 			s.have.Rules[r.key] = backend.Rule{RuleKey: r.key}
 		} else if _, wanted := s.want.Rules[r.key]; wanted {
-			s.stranger(r.key, "a rule that is not ours (protocol %d) says the same: priority %d, table %d; remove it "+
+			s.stranger(r.key, r.key, "a rule that is not ours (protocol %d) says the same: priority %d, table %d; remove it "+
 				"(ip rule del priority %d)", r.protocol, r.key.Priority, r.key.Table, r.key.Priority)
 		}
 	}

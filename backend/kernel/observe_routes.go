@@ -122,7 +122,7 @@ func (s *survey) lookForStrangeRoutes() error {
 			}
 			delete(missing, key) // one stranger at a place is enough
 			what := s.describe(r)
-			s.stranger(key, "the route %s is there and is not ours; remove it: ip route del %s", what, what)
+			s.stranger(key, r.key, "the route %s is there and is not ours; remove it: ip route del %s", what, what)
 		}
 	}
 	return nil

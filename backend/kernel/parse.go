@@ -29,6 +29,8 @@ type link struct {
 	remote6  bool // it has an IPv6 group or remote address
 	dev      int  // the underlay device's index, 0 for none
 	learning bool
+	// features is set in a message that tells of nothing but that offloads were switched. It does not say which.
+	features bool
 
 	bridge backend.Bridge
 	// Whether the kernel knows the bridge's attributes of the same names.
@@ -65,6 +67,8 @@ func parseLink(b []byte) (link, bool) {
 			l.mtu = int(getU32(v))
 		case unix.IFLA_GROUP:
 			l.group = getU32(v)
+		case unix.IFLA_EVENT:
+			l.features = getU32(v) == unix.IFLA_EVENT_FEATURES
 		case unix.IFLA_LINKINFO:
 			l.parseInfo(v)
 		}

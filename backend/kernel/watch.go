@@ -27,9 +27,9 @@ const (
 )
 
 // Watch calls ring whenever something changed that a pass might have to repair: on links of ours and what hangs on
-// them, on devices for which uplink says yes, on routes and rules with our protocol, in forwarding, in the packet
-// filter. It rings once at the start, when nothing can be missed any more, and where notifications were lost. It
-// returns nil when ctx ends. ring must not block.
+// them, on devices for which uplink says yes, on routes and rules with our protocol, on strangers that stood in our way
+// when Observe looked last, in forwarding, in the packet filter. It rings once at the start, when nothing can be missed
+// any more, and where notifications were lost. It returns nil when ctx ends. ring must not block.
 func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring func()) error {
 	routing, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH,
 		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
@@ -148,14 +148,16 @@ func (w *watcher) heard(m syscall.NetlinkMessage) bool {
 		return w.heardRoute(m.Data)
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		r, ok := parseRule(m.Data)
-		return ok && r.protocol == backend.Owner
+		return ok && (r.protocol == backend.Owner || w.kernel.isInWay(r.key))
 	case unix.RTM_NEWNETCONF:
 		return w.heardNetconf(m.Data)
 	}
 	return false
 }
 
-func (w *watcher) matters(l link) bool { return l.ours() || w.uplink(l.name) }
+func (w *watcher) matters(l link) bool {
+	return l.ours() || w.uplink(l.name) || w.kernel.isInWay(l.index)
+}
 
 func (w *watcher) heardLink(typ uint16, b []byte) bool {
 	// Bridges tell of their ports in messages of a family of their own, which do not hold what the link itself is.
@@ -170,6 +172,11 @@ func (w *watcher) heardLink(typ uint16, b []byte) bool {
 	if typ == unix.RTM_DELLINK {
 		delete(w.links, l.index)
 		return w.matters(l) || known && w.matters(was)
+	}
+	if l.features { // a bridge's change with its ports, and none of them is of ours
+		l.features = false
+		w.links[l.index] = l
+		return l.ours() && l.is(backend.KindVXLAN) || known && was != l && (w.matters(l) || w.matters(was))
 	}
 	w.links[l.index] = l
 	return (!known || was != l) && (w.matters(l) || known && w.matters(was))
@@ -195,14 +202,14 @@ func (w *watcher) heardAddr(typ uint16, b []byte) bool {
 	return typ == unix.RTM_DELADDR || !known || flags != a.flags
 }
 
-// heardRoute hears of ours, and of what may move the border of an uplink's segment.
+// heardRoute hears of ours, of what stands in our way, and of what may move the border of an uplink's segment.
 func (w *watcher) heardRoute(b []byte) bool {
 	if len(b) >= unix.SizeofRtMsg && b[5] == backend.Owner {
 		return true
 	}
 	r, ok := parseRoute(b)
-	if !ok {
-		return false
+	if !ok || w.kernel.isInWay(r.key) {
+		return ok
 	}
 	leaves := func(dev int) bool { return w.uplink(w.links[dev].name) }
 	near := func(dst netip.Prefix) bool {
@@ -216,12 +223,12 @@ func (w *watcher) heardRoute(b []byte) bool {
 	return r.isWay(near) && (slices.ContainsFunc(r.devs(), leaves) || near(r.key.Dst))
 }
 
-// heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair, and what the
-// kernel makes of it by itself no repair.
+// heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair. What the kernel
+// makes by itself, of multicast addresses, is not permanent; what the bridge command makes is both.
 func (w *watcher) heardNeigh(b []byte) bool {
 	n, ok := parseNeigh(b)
 	l := w.links[n.index]
-	return ok && l.ours() && l.is(backend.KindVXLAN) && n.state&unix.NUD_NOARP == 0
+	return ok && l.ours() && l.is(backend.KindVXLAN) && n.state&(unix.NUD_NOARP|unix.NUD_PERMANENT) != unix.NUD_NOARP
 }
 
 func (w *watcher) heardNetconf(b []byte) bool {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/kernel/netnstest"
 )
 
@@ -124,5 +125,72 @@ func TestLostNotificationsRing(t *testing.T) {
 	})
 	if resets == 0 {
 		t.Error("nothing was read anew")
+	}
+}
+
+// What could not be made because of a stranger can be made as soon as the stranger leaves.
+func TestStrangerLeavesAndNothingRings(t *testing.T) {
+	h := newRealHost(t)
+	h.ns.Run(t, "ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0")
+	h.ns.Run(t, "ip link add tweed0 type bridge")
+	want := sample()
+	if have, err := h.Observe(t.Context(), want); err != nil || len(have.Strangers) != 2 {
+		t.Fatalf("strangers are %v, %v", have.Strangers, err)
+	}
+	r := watch(t, h, func(string) bool { return false })
+	h.ns.Run(t, "ip link del flannel.1")
+	r.await(t, "a VXLAN device with our VNI and port that is deleted")
+	r.quiet()
+	h.ns.Run(t, "ip link set tweed0 name other")
+	r.await(t, "a device with our name that is renamed")
+	r.quiet()
+
+	pass(t, h, want)
+	for _, c := range []struct {
+		ours backend.Object
+		gone string
+	}{
+		{bridgeRoute("10.244.3.0/24", "10.244.3.1"), "ip route del 10.244.3.0/24"},
+		{bridgeRoute("fd00:10:244:3::/64", ""), "ip -6 route del fd00:10:244:3::/64"},
+		{policy("10.244.3.0/24", 100), "ip rule del from 10.244.3.0/24"},
+	} {
+		h.byHand(backend.Op{Do: backend.Delete, What: c.ours, Was: c.ours})
+		h.addStranger(c.ours)
+		if have, err := h.Observe(t.Context(), want); err != nil || len(have.Strangers) != 1 {
+			t.Fatalf("%s: strangers are %v, %v", c.gone, have.Strangers, err)
+		}
+		r.quiet()
+		h.ns.Run(t, c.gone)
+		r.await(t, c.gone)
+		r.quiet()
+		pass(t, h, want)
+	}
+}
+
+func TestOffloadIsSwitchedAndNothingRings(t *testing.T) {
+	h := newRealHost(t)
+	pass(t, h, sample())
+	r := watch(t, h, func(string) bool { return false })
+	for range 2 {
+		for _, how := range []string{"off", "on"} {
+			h.ns.Run(t, "ethtool -K tweed.1 tx "+how)
+			r.await(t, "checksums switched "+how)
+			r.quiet()
+		}
+	}
+}
+
+// The bridge command says of what it makes that it need not be asked for (NOARP), as the kernel does of its own.
+func TestForwardingEntryIsChangedByHandAndNothingRings(t *testing.T) {
+	h := newRealHost(t)
+	pass(t, h, sample())
+	r := watch(t, h, func(string) bool { return false })
+	for _, c := range []string{
+		"bridge fdb replace 0e:00:00:00:00:07 dev tweed.1 dst 192.0.2.99 self permanent",
+		"bridge fdb add 0e:00:00:00:00:08 dev tweed.1 dst 192.0.2.99 self permanent",
+	} {
+		h.ns.Run(t, c)
+		r.await(t, c)
+		r.quiet()
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -65,6 +66,14 @@ func cable(a host, devA string, b host, devB string) {
 // until it is ready. The node has 10.244.<n>.0/24 and fd00:10:244:<n>::/64.
 func daemon(h host, leases string, n int, conf string, flags ...string) {
 	h.t.Helper()
+	startWith(h, nil, "tweed", leases, n, conf, flags...)
+}
+
+// startWith is daemon for a program that is like tweed, with more in its environment. It returns the process, and what
+// its log is written to.
+func startWith(h host, env []string, program, leases string, n int, conf string, flags ...string,
+) (*exec.Cmd, *logged) {
+	h.t.Helper()
 	dir := h.t.TempDir()
 	write := func(path, text string) {
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
@@ -74,12 +83,13 @@ func daemon(h host, leases string, n int, conf string, flags ...string) {
 	write(filepath.Join(dir, "net-conf.json"), conf)
 	write(filepath.Join(leases, fmt.Sprintf("n%d.json", n)), fmt.Sprintf(
 		`{"node":"n%d","since":"2026-01-02T03:04:0%dZ","subnets":"10.244.%d.0/24,fd00:10:244:%d::/64"}`, n, n, n, n))
-	args := []string{"--net=" + h.Path(), "--", "tweed", "run", "--leases", leases, "--node-name", fmt.Sprintf("n%d", n),
+	args := []string{"--net=" + h.Path(), "--", program, "run", "--leases", leases, "--node-name", fmt.Sprintf("n%d", n),
 		"--net-conf", filepath.Join(dir, "net-conf.json"), "--run-dir", filepath.Join(dir, "run"),
 		"--cni-conf-dir", filepath.Join(dir, "cni")}
 	cmd := exec.Command("nsenter", append(args, flags...)...)
-	var log bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &log, &log
+	cmd.Env = append(os.Environ(), env...)
+	log := &logged{}
+	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
 		h.t.Fatal(err)
 	}
@@ -90,6 +100,25 @@ func daemon(h host, leases string, n int, conf string, flags ...string) {
 		}
 	})
 	h.await("curl -sf http://127.0.0.1:9479/readyz")
+	return cmd, log
+}
+
+// A logged is what a process that runs has written so far.
+type logged struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }
 
 // pod attaches a pod to a node by hand: 10.244.<n>.5 and fd00:10:244:<n>::5.
