@@ -128,6 +128,9 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 	if plan.Grown != nil {
 		r.log.Info("pod network changed", "network", listing(plan.Grown.Prefixes(), ","))
 	}
+	for _, c := range plan.Changes {
+		r.log.Info("configuration changed", "key", c.key, "was", c.before, "now", c.now)
+	}
 	for _, op := range plan.Ops {
 		if op.What.Kind() == "sysctl" { // they are the host's more than ours, so each is told
 			r.log.Info("host setting", "command", op)
