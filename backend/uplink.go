@@ -13,8 +13,9 @@ type Uplink struct {
 	Addrs []netip.Addr
 	// MTU is the smallest of the interfaces', in bytes.
 	MTU int
-	// Routed is set where Local is on a Stub, so that routing has to choose among Devs for each packet.
+	// Routed is set where Local is on a Stub, Holder, so that routing has to choose among Devs for each packet.
 	Routed bool
+	Holder string
 	// Segment is what Devs reach without a router; the zero one where all is to go through the tunnel.
 	Segment Segment
 }

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
@@ -36,9 +37,9 @@ func (n *netConf) read(path string) (Config, error) {
 	return n.config, n.err
 }
 
-// reconfigure looks whether net-conf.json has changed, and brings a network that has grown into force. problem says what
-// it cannot bring into force; refused is set where nothing is in force yet, and nothing may be touched.
-func (p *Planner) reconfigure(list subnet.List) (problem string, refused *Waiting) {
+// reconfigure looks whether net-conf.json has changed, and brings it into force, as a whole or not at all. problem says
+// what keeps it from that; refused is set where nothing is in force yet, and nothing may be touched.
+func (p *Planner) reconfigure(ctx context.Context, list subnet.List) (problem string, refused *Waiting) {
 	now := p.Config
 	if p.NetConf != "" {
 		var err error
@@ -52,7 +53,7 @@ func (p *Planner) reconfigure(list subnet.List) (problem string, refused *Waitin
 		}
 	}
 	if problem == "" && !reflect.DeepEqual(now, p.Config) {
-		problem = p.change(now, list)
+		problem = p.change(ctx, now, list)
 	}
 	return problem, nil
 }
@@ -72,21 +73,44 @@ func (p *Planner) begin(network subnet.Network) *Waiting {
 	return nil
 }
 
-// change brings into force what has changed in now, or says why it does not.
-func (p *Planner) change(now Config, list subnet.List) (problem string) {
+// change brings now into force, or says why it does not.
+func (p *Planner) change(ctx context.Context, now Config, list subnet.List) (problem string) {
 	if lost := lacks(now.Network, p.Config.Network.Prefixes()); lost != "" {
 		return fmt.Sprintf("%s: %s, which is in force: a network may grow, not shrink or move; restore it, or give a "+
 			"prefix that holds it%s", p.confName(), lost, staleSuffix)
 	}
-	if other := differences(p.Config, now); len(other) > 0 {
+	if other := needRestart(p.Config, now); len(other) > 0 {
 		return fmt.Sprintf("%s: %s: takes effect when the daemon is restarted%s",
-			p.confName(), strings.Join(other, ", "), staleSuffix)
+			p.confName(), listing(other, ", "), staleSuffix)
 	}
+	live := goLive(p.Config, now)
 	if err := p.inhabited(now, list); err != nil {
 		return fmt.Sprintf("%s: %v%s", p.confName(), err, staleSuffix)
 	}
+	if err := p.try(ctx, now, len(live) > 0); err != nil {
+		return fmt.Sprintf("%s: %v%s", p.confName(), err, staleSuffix)
+	}
 	p.grow(now.Network)
+	p.Config, p.changes = now, append(p.changes, live...)
 	return ""
+}
+
+// try says what would keep this node from being reached if now were in force: no interface has an address of the
+// underlay's family, or the network would hold one of the node's own. A network may grow while the node is not known,
+// because that may be just what it waits for; all else then waits.
+func (p *Planner) try(ctx context.Context, now Config, live bool) error {
+	if p.last.node.Name == "" {
+		return nil // nothing is in force that could stay
+	}
+	ifaces, err := p.Kernel.Interfaces(ctx)
+	if err != nil {
+		return fmt.Errorf("listing interfaces: %w", err)
+	}
+	trial := Planner{Config: now, Choice: p.Choice, Publisher: p.Publisher, Kernel: p.Kernel}
+	if _, _, waiting := trial.place(ctx, ifaces); waiting != nil && (live || !waiting.NoNode) {
+		return *waiting
+	}
+	return nil
 }
 
 // grow brings a network into force. The next plan follows from it.
@@ -138,30 +162,53 @@ func (p *Planner) inhabited(now Config, list subnet.List) error {
 	return nil
 }
 
-// differences names what a restart is needed for, each by its key and both values.
-func differences(before, now Config) (out []string) {
-	differ := func(key string, before, now any) {
-		if before != now {
-			out = append(out, fmt.Sprintf("%s is %v in force and %v in the file", key, before, now))
+// A difference is a key of net-conf.json that has another value in the file than the one in force.
+type difference struct {
+	key         string
+	before, now any
+}
+
+func (d difference) String() string {
+	return fmt.Sprintf("%s is %v in force and %v in the file", d.key, d.before, d.now)
+}
+
+// differing are those of all in which the values differ.
+func differing(all []difference) (out []difference) {
+	for _, d := range all {
+		if d.before != d.now {
+			out = append(out, d)
 		}
 	}
+	return out
+}
+
+// needRestart names what has changed that only a daemon's start heeds, because leases are taken by it: with subnets of
+// another length each node would refuse what all the others hold, and from another source a node would get another
+// subnet under living pods.
+func needRestart(before, now Config) []difference {
+	all := []difference{{"SubnetSource", before.SubnetSource, now.SubnetSource}}
 	for _, r := range before.Network {
 		if s, ok := now.Network.Range(r.Prefix.Addr()); ok {
-			differ(familyDraft{version: family(r.Prefix.Addr())}.key("SubnetLen"), r.Len, s.Len)
+			all = append(all, difference{familyDraft{version: family(r.Prefix.Addr())}.key("SubnetLen"), r.Len, s.Len})
 		}
 	}
+	return differing(all)
+}
+
+// goLive names what has changed that the next pass follows, but for the network.
+func goLive(before, now Config) []difference {
 	b, c := before.Backend, now.Backend
-	differ("Underlay", underlayName(before.Underlay), underlayName(now.Underlay))
-	differ("SubnetSource", before.SubnetSource, now.SubnetSource)
-	differ("PacketFilter", before.PacketFilter, now.PacketFilter)
-	differ("NonMasqueradeCIDRs", fmt.Sprint(before.NonMasquerade), fmt.Sprint(now.NonMasquerade))
-	differ("Backend.Type", b.Type, c.Type)
-	differ("Backend.VNI", b.VNI, c.VNI)
-	differ("Backend.Port", b.Port, c.Port)
-	differ("Backend.MTU", b.MTU, c.MTU)
-	differ("Backend.DirectRouting", b.DirectRouting, c.DirectRouting)
-	differ("Backend.ChecksumOffload", b.ChecksumOffload, c.ChecksumOffload)
-	return out
+	return differing([]difference{
+		{"Underlay", underlayName(before.Underlay), underlayName(now.Underlay)},
+		{"PacketFilter", before.PacketFilter, now.PacketFilter},
+		{"NonMasqueradeCIDRs", fmt.Sprint(before.NonMasquerade), fmt.Sprint(now.NonMasquerade)},
+		{"Backend.Type", b.Type, c.Type},
+		{"Backend.VNI", b.VNI, c.VNI},
+		{"Backend.Port", b.Port, c.Port},
+		{"Backend.MTU", b.MTU, c.MTU},
+		{"Backend.DirectRouting", b.DirectRouting, c.DirectRouting},
+		{"Backend.ChecksumOffload", b.ChecksumOffload, c.ChecksumOffload},
+	})
 }
 
 func underlayName(family int) string {

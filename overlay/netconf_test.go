@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
@@ -110,10 +112,12 @@ func TestNetConfThatCannotComeIntoForce(t *testing.T) {
 		"a family gone": {twoFamilies, oneFamily, "there is no IPv6Network any more to hold fd00:10:244::/48"},
 		"grown, with other subnets": {oneFamily, `{"Network": "10.240.0.0/12", "SubnetLen": 25}`,
 			"SubnetLen is 24 in force and 25 in the file: takes effect when the daemon is restarted"},
-		"grown, with another backend": {oneFamily, `{"Network": "10.240.0.0/12", "Backend": {"VNI": 7, "Port": 4789}}`,
-			"Backend.VNI is 1 in force and 7 in the file, Backend.Port is 8472 in force and 4789 in the file: takes effect"},
-		"another underlay": {oneFamily, strings.Replace(oneFamily, "{", `{"Underlay": "ipv6", `, 1),
-			"Underlay is unset in force and ipv6 in the file: takes effect when the daemon is restarted"},
+		"an underlay that no interface is on": {oneFamily, strings.Replace(oneFamily, "{", `{"Underlay": "ipv6", `, 1),
+			"uplink eth0 (no other interface has an address) has no global IPv6 address; give it one"},
+		"grown, with an underlay that no interface is on": {oneFamily, `{"Network": "10.240.0.0/12", "Underlay": "ipv6"}`,
+			"has no global IPv6 address"},
+		"another backend, with other subnets": {oneFamily, strings.Replace(oneFamily, "}", `, "SubnetLen": 25,
+			"Backend": {"VNI": 7}}`, 1), "SubnetLen is 24 in force and 25 in the file: takes effect"},
 		"another source": {oneFamily, strings.Replace(oneFamily, "{", `{"SubnetSource": "lease", `, 1),
 			"SubnetSource is auto in force and lease in the file: takes effect when the daemon is restarted"},
 		"broken": {oneFamily, "{\n\"Network\": 7,\n\"Port\": 1}",
@@ -133,6 +137,80 @@ func TestNetConfThatCannotComeIntoForce(t *testing.T) {
 				t.Errorf("after all: %+v\n%v\n%s", rep, n.kern.Ops()[ops:], log)
 			}
 		})
+	}
+}
+
+// Whatever does not concern leases is followed by the pass after the change, and by the one after a change back.
+func TestNetConfChangesUnderLivingPods(t *testing.T) {
+	tunnel := func(keys string) string { return strings.Replace(oneFamily, "}", `, "Backend": {`+keys+"}}", 1) }
+	top := func(key string) string { return strings.Replace(oneFamily, "}", ", "+key+"}", 1) }
+	for name, c := range map[string]struct {
+		text, data string // data is this node's, as then published
+		ops        string // some of those that follow
+	}{
+		"VNI":              {tunnel(`"VNI": 7`), `"vni":7,"port":8472`, "ip link del tweed.1\nip link add tweed.7 "},
+		"port":             {tunnel(`"Port": 4789`), `"vni":1,"port":4789`, "ip link del tweed.1\nip link add tweed.1 "},
+		"MTU":              {tunnel(`"MTU": 1400`), `"vni":1`, "ip link set dev tweed.1 mtu 1350\nip link set dev tweed0 mtu 1350"},
+		"checksums":        {tunnel(`"ChecksumOffload": "off"`), `"vni":1`, "ethtool -K tweed.1 tx off"},
+		"without a tunnel": {tunnel(`"Type": "host-gw"`), `{}`, "ip link del tweed.1\nip link set dev tweed0 mtu 1500"},
+		"direct routing": {tunnel(`"DirectRouting": true`), `"vni":1`,
+			"ip route replace 10.244.2.0/24 via 192.0.2.12 dev eth0 proto 116"},
+		"no masquerading": {top(`"NonMasqueradeCIDRs": ["192.0.2.0/24"]`), `"vni":1`, "iptables -t nat -I TWEED-POSTRTG"},
+		"packet filter":   {top(`"PacketFilter": "nftables"`), `"vni":1`, "nft add table ip tweed"},
+		"underlay": {top(`"Underlay": "ipv6"`), `"vni":1`, "ip link del tweed.1\nip link add tweed.1 group 116 address " +
+			"1e:4f:9b:43:26:b5 mtu 1430 up type vxlan id 1 dstport 8472 local 2001:db8::11 "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, log := following(t, oneFamily)
+			n.kern.SetInterface(backend.Interface{Name: "eth0", MTU: 1500, Up: true, Addrs: []netip.Prefix{
+				netip.MustParsePrefix("192.0.2.11/24"), netip.MustParsePrefix("2001:db8::11/64")}})
+			n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+			n.settle(t)
+			before := n.state(t)
+			ops := len(n.kern.Ops())
+			n.rewrite(t, c.text)
+			rep := n.step(t)
+			if rep.Done == 0 || rep.Drift > 0 || hasProblem(rep, "n1", n.planner.NetConf) {
+				t.Errorf("report is %+v", rep)
+			}
+			if did := listing(n.kern.Ops()[ops:], "\n"); !strings.Contains(did, c.ops) {
+				t.Errorf("did\n%s\nwant\n%s", did, c.ops)
+			}
+			if own := n.cluster.look().published; !strings.Contains(string(own[0].Data), c.data) {
+				t.Errorf("published %s, want %s", own[0].Data, c.data)
+			}
+			if got := strings.Count(log.String(), "configuration changed"); got != 1 {
+				t.Errorf("logged %d times:\n%s", got, log)
+			}
+			n.settle(t)
+			n.rewrite(t, oneFamily)
+			n.step(t)
+			n.settle(t)
+			if after := n.state(t); !after.Equal(before) {
+				t.Errorf("after a change there and back the kernel holds\n%+v\nand before\n%+v", after, before)
+			}
+		})
+	}
+}
+
+// While this node is not known, its network may grow, because that may be what is missing, and all else waits.
+func TestNetConfChangesWhileTheNodeIsNotKnown(t *testing.T) {
+	n, _ := following(t, oneFamily)
+	n.settle(t)
+	n.cluster.selfErr = errors.New("the Node is not there")
+	n.rewrite(t, strings.Replace(oneFamily, "}", `, "Backend": {"Type": "host-gw"}}`, 1))
+	if rep := n.step(t); !hasProblem(rep, "n1", n.planner.NetConf+": the Node is not there") ||
+		n.planner.Config.Backend.Type != "vxlan" {
+		t.Errorf("report is %+v", rep)
+	}
+	n.rewrite(t, `{"Network": "10.240.0.0/12"}`)
+	if n.step(t); n.planner.Config.Network[0].Prefix.String() != "10.240.0.0/12" {
+		t.Error("the network does not grow")
+	}
+	n.cluster.selfErr = nil
+	n.rewrite(t, `{"Network": "10.240.0.0/12", "Backend": {"Type": "host-gw"}}`)
+	if n.step(t); n.planner.Config.Backend.Type != "host-gw" {
+		t.Error("the node is known, and still the change waits")
 	}
 }
 
@@ -281,7 +359,7 @@ func TestChangedKeyThatNobodyNames(t *testing.T) {
 		default:
 			v.SetUint(v.Uint() + 6)
 		}
-		if got := differences(before, now); len(got) != 1 {
+		if got := append(needRestart(before, now), goLive(before, now)...); len(got) != 1 {
 			t.Errorf("%v: %v", path, got)
 		}
 	}

@@ -30,7 +30,7 @@ const BridgeName = "tweed0"
 // A Planner works out what a pass has to do. It changes nothing on the host, and is not safe for use by several
 // goroutines.
 type Planner struct {
-	// Config is what is in force. A network that has grown in the file NetConf comes into force with the next plan.
+	// Config is what is in force. What has changed in the file NetConf comes into force with the next plan.
 	Config    Config
 	NetConf   string // where Config was read; empty where it is not followed
 	Choice    UplinkChoice
@@ -47,6 +47,7 @@ type Planner struct {
 	renewed bool    // no plan has compared the kernel with desired yet
 	netConf netConf
 	grown   subnet.Network // as Plan.Grown, until a plan tells of it
+	changes []difference   // as Plan.Changes, likewise
 }
 
 // A Plan is what one pass would do, and all that it was made from.
@@ -78,11 +79,13 @@ type Plan struct {
 	Stale *Waiting
 	// Grown is the network, where it has come into force since the last plan; nil otherwise.
 	Grown subnet.Network
+	// Changes are the other keys of net-conf.json that have come into force since the last plan.
+	Changes []difference
 }
 
 // inputs are what the desired state depends on.
 type inputs struct {
-	network    subnet.Network
+	config     Config
 	node       subnet.Node
 	uplink     backend.Uplink
 	generation uint64
@@ -127,7 +130,7 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		}
 		return Plan{}, Waiting{For: "waiting for the first complete list of leases"}
 	}
-	changed, refused := p.reconfigure(list)
+	changed, refused := p.reconfigure(ctx, list)
 	if refused != nil {
 		return Plan{}, *refused
 	}
@@ -161,6 +164,7 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	}
 	plan.Again, p.renewed = !p.renewed, plan.Unread > 0
 	plan.Grown, p.grown = p.grown, nil
+	plan.Changes, p.changes = p.changes, nil
 	return plan, nil
 }
 
@@ -231,7 +235,7 @@ func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stal
 		}
 		in.node, in.uplink = p.last.node, p.last.uplink
 	}
-	in.generation, in.network = list.Generation, p.Config.Network
+	in.generation, in.config = list.Generation, p.Config
 	if slices.ContainsFunc(in.node.Subnets, is6) {
 		if in.advertised, err = p.Kernel.RouterAdvertised(ctx); err != nil {
 			return in, nil, fmt.Errorf("listing routes by router advertisement: %w", err)
@@ -316,7 +320,7 @@ func own(in inputs, w way) (own []subnet.Lease) {
 	for _, s := range in.node.Subnets {
 		own = append(own, subnet.Lease{
 			Node: in.node.Name, Subnet: s, Host: in.uplink.Addrs[0], NodeAddrs: in.uplink.Addrs,
-			Accepts: in.network.Prefixes(), Backend: w.backend, Data: w.data, Since: in.node.Since,
+			Accepts: in.config.Network.Prefixes(), Backend: w.backend, Data: w.data, Since: in.node.Since,
 		})
 	}
 	return own

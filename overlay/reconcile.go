@@ -142,9 +142,12 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 	if err != nil {
 		return r.report.Load().without(err)
 	}
-	r.uplinks.Store(&plan.Uplink.Devs)
+	r.uplinks.Store(plan.bells())
 	if plan.Grown != nil {
 		r.log.Info("pod network changed", "network", listing(plan.Grown.Prefixes(), ","))
+	}
+	for _, c := range plan.Changes {
+		r.log.Info("configuration changed", "key", c.key, "was", c.before, "now", c.now)
 	}
 	for _, op := range plan.Ops {
 		// They are the host's more than ours, so each is told.
@@ -258,7 +261,7 @@ func (r *Reconciler) Publish(ctx context.Context) error {
 	}
 }
 
-// isUplink reports whether a device's changes may matter for the uplink; before there is one, any device's do.
+// isUplink reports whether a device's changes may matter for the uplink; where there is none, any device's do.
 func (r *Reconciler) isUplink(dev string) bool {
 	devs := r.uplinks.Load()
 	return devs == nil || slices.Contains(*devs, dev)

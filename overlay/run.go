@@ -28,6 +28,9 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return r.planner.Leases.Run(ctx, r.Ring) })
 	g.Go(func() error { return r.planner.Kernel.Watch(ctx, r.isUplink, r.Ring) })
+	if r.planner.NetConf != "" {
+		g.Go(func() error { return follow(ctx, r.planner.NetConf, r.Ring, r.log) })
+	}
 	g.Go(func() error { return r.Passes(ctx) })
 	g.Go(func() error { return r.Publish(ctx) })
 	if r.Announcer != nil {

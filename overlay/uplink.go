@@ -65,8 +65,7 @@ func (f finder) spread(up backend.Uplink) (backend.Uplink, error) {
 	if !slices.ContainsFunc(f.ifaces, carry) {
 		carry = usable // routing may know more exact routes
 	}
-	holder := up.Devs[0]
-	up.Devs, up.MTU, up.Routed = nil, 0, true
+	up.Devs, up.MTU, up.Routed, up.Holder = nil, 0, true, up.Devs[0]
 	for _, i := range f.ifaces {
 		if carry(i) {
 			up.Devs = append(up.Devs, i.Name)
@@ -75,9 +74,22 @@ func (f finder) spread(up backend.Uplink) (backend.Uplink, error) {
 	}
 	if len(up.Devs) == 0 {
 		return backend.Uplink{}, fmt.Errorf("the node's address %s is on %s, and no interface is up that could carry "+
-			"packets from it; set one up, or choose another address's with --iface", up.Local, holder)
+			"packets from it; set one up, or choose another address's with --iface", up.Local, up.Holder)
 	}
 	return up, nil
+}
+
+// bells are the devices whose changes may be the uplink's; nil stands for all, because where no uplink is found it may
+// come to be anywhere.
+func (p Plan) bells() *[]string {
+	if p.Stale != nil && p.Stale.Reason == reasonNoUplink {
+		return nil
+	}
+	devs := p.Uplink.Devs
+	if p.Uplink.Routed {
+		devs = append(slices.Clone(devs), p.Uplink.Holder)
+	}
+	return &devs
 }
 
 // find returns the interface that was asked for, or else the first that one could guess.

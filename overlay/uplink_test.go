@@ -185,7 +185,7 @@ func TestUplinkHasItsAddressOnLo(t *testing.T) {
 		},
 	}
 	for name, c := range cases {
-		c.want.Routed = true
+		c.want.Routed, c.want.Holder = true, "lo"
 		t.Run(name, func(t *testing.T) { c.check(t, c.want) })
 	}
 }
@@ -292,5 +292,28 @@ func TestUplinkCannotBeFound(t *testing.T) {
 				t.Errorf("got %+v, %v; want an error that says %q", got, err, c.says)
 			}
 		})
+	}
+}
+
+// The uplink may come back as any device, and the address on lo may change: who does not listen there finds out late.
+func TestUplinkComesBackAndNobodyListens(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set()
+	n.step(t)
+	if !n.isUplink("eth0") || n.isUplink("eth1") {
+		t.Error("not the uplink alone is listened to")
+	}
+	n.kern.RemoveInterface("eth0")
+	if n.step(t); !n.isUplink("eth1") {
+		t.Error("without an uplink, not every device is listened to")
+	}
+	n.kern.SetInterface(eth1())
+	if n.step(t); !n.isUplink("eth1") || n.isUplink("eth0") || n.isUplink("lo") {
+		t.Error("not the new uplink alone is listened to")
+	}
+	n.planner.Choice.Iface = "lo"
+	n.kern.SetInterface(with(iface("lo", 65536, "203.0.113.1/32"), stub))
+	if n.step(t); !n.isUplink("eth1") || !n.isUplink("lo") || n.isUplink("eth0") {
+		t.Error("not the device with the address and those that carry its packets are listened to")
 	}
 }

@@ -202,13 +202,14 @@ func (w *watcher) heardAddr(typ uint16, b []byte) bool {
 	return typ == unix.RTM_DELADDR || !known || flags != a.flags
 }
 
-// heardRoute hears of ours, of what stands in our way, and of what may move the border of an uplink's segment.
+// heardRoute hears of ours, of what stands in our way, of default routes, which an uplink may be chosen by, and of what may
+// move the border of an uplink's segment.
 func (w *watcher) heardRoute(b []byte) bool {
 	if len(b) >= unix.SizeofRtMsg && b[5] == backend.Owner {
 		return true
 	}
 	r, ok := parseRoute(b)
-	if !ok || w.kernel.isInWay(r.key) {
+	if !ok || r.isDefault() || w.kernel.isInWay(r.key) {
 		return ok
 	}
 	leaves := func(dev int) bool { return w.uplink(w.links[dev].name) }

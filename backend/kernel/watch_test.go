@@ -54,6 +54,8 @@ func TestPodsAndTheirTrafficRingNoBell(t *testing.T) {
 	if r.quiet() {
 		t.Error("rang for strangers")
 	}
+	h.ns.Run(t, "ip route replace default dev other") // perhaps it is to be the uplink from now on
+	r.await(t, "another default route")
 }
 
 func TestEventThatSaysNothingNewRingsNoBell(t *testing.T) {

@@ -230,8 +230,8 @@ func newVictim(t *testing.T, form string, env ...string) *victim {
 	conf := fmt.Sprintf(`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48",
 		"PacketFilter": %q}`, form)
 	v := &victim{metered: &metered{host: one, leases: leases}, form: form}
-	cmd, log := startWith(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480")
-	v.pid, v.log = cmd.Process.Pid, log
+	d := daemonOf(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480")
+	v.pid, v.log = d.cmd.Process.Pid, d.log
 	daemon(two, leases, 2, conf)
 	v.talk = newTalk(t, pod(one, 1), pod(two, 2))
 	reach(v.talk.one, v.talk.two)

@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -19,6 +20,8 @@ type threeNodes struct {
 	nodes  [4]host // by number
 	pods   [4]host
 	leases string
+
+	daemons [4]*running
 }
 
 // newThreeNodes lays the cables. Nodes check strictly whether a packet comes from where one to its source would go.
@@ -73,11 +76,17 @@ func (c *threeNodes) readdress(n int, net4, net6 string) {
 }
 
 // run starts the daemons, with one pod each.
-func (c *threeNodes) run(backend string) {
-	conf := fmt.Sprintf(`{
-		"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48", "Backend": %s}`, backend)
+func (c *threeNodes) run(backend string) { c.runAs(confOf(`"Backend": ` + backend)) }
+
+// confOf is a net-conf.json of both families with these keys besides.
+func confOf(keys string) string {
+	return `{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48", ` + keys + "}"
+}
+
+// runAs is run with a whole net-conf.json.
+func (c *threeNodes) runAs(conf string) {
 	for n := 1; n <= 3; n++ {
-		daemon(c.nodes[n], c.leases, n, conf)
+		c.daemons[n] = daemon(c.nodes[n], c.leases, n, conf)
 		c.pods[n] = pod(c.nodes[n], n)
 	}
 }
@@ -162,7 +171,23 @@ const every = 20 * time.Millisecond
 // A pinger calls a pod again and again.
 type pinger struct {
 	cmd *exec.Cmd
+
+	mu  sync.Mutex
 	out bytes.Buffer
+}
+
+// Write keeps what ping prints.
+func (p *pinger) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.out.Write(b)
+}
+
+// answered says how often the pod has answered.
+func (p *pinger) answered() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return bytes.Count(p.out.Bytes(), []byte(" bytes from "))
 }
 
 // pings starts to call the pod of node b from that of a and the other way round, in both families.
@@ -171,7 +196,7 @@ func (c *threeNodes) pings(a, b int) (all []*pinger) {
 		for _, way := range []struct{ from, to int }{{a, b}, {b, a}} {
 			p := &pinger{cmd: exec.Command("nsenter", "--net="+c.pods[way.from].Path(), "--",
 				"ping", "-i", fmt.Sprint(every.Seconds()), podAddrs(way.to)[i])}
-			p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.out
+			p.cmd.Stdout, p.cmd.Stderr = p, p
 			if err := p.cmd.Start(); err != nil {
 				c.router.t.Fatal(err)
 			}
@@ -179,6 +204,19 @@ func (c *threeNodes) pings(a, b int) (all []*pinger) {
 		}
 	}
 	return all
+}
+
+// allAnswered waits until each of the calls has been answered once more.
+func (c *threeNodes) allAnswered(all []*pinger) {
+	c.router.t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for _, p := range all {
+		for before := p.answered(); p.answered() == before; time.Sleep(every) {
+			if time.Now().After(deadline) {
+				c.router.t.Fatalf("%v is not answered", p.cmd.Args)
+			}
+		}
+	}
 }
 
 // lost ends the calls, and returns for how long none was answered, at most, on all occasions together.

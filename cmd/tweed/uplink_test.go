@@ -62,45 +62,96 @@ func cable(a host, devA string, b host, devB string) {
 	a.Run(a.t, fmt.Sprintf("ip link add %s type veth peer name %s netns %s", devA, devB, b.Path()))
 }
 
-// daemon runs tweed on a host as node n<n> of those that share the directory of leases, until the test ends, and waits
-// until it is ready. The node has 10.244.<n>.0/24 and fd00:10:244:<n>::/64.
-func daemon(h host, leases string, n int, conf string, flags ...string) {
-	h.t.Helper()
-	startWith(h, nil, "tweed", leases, n, conf, flags...)
+// A running daemon, of node n<n>.
+type running struct {
+	host
+	n    int
+	dir  string   // of its files
+	args []string // of commands that are to see what the daemon does
+	env  []string // beside ours
+	cmd  *exec.Cmd
+	log  *logged
+	stop func()
+
+	program string // tweed, or one like it
 }
 
-// startWith is daemon for a program that is like tweed, with more in its environment. It returns the process, and what
-// its log is written to.
-func startWith(h host, env []string, program, leases string, n int, conf string, flags ...string,
-) (*exec.Cmd, *logged) {
+// daemon runs tweed on a host as node n<n> of those that share the directory of leases, until the test ends, and waits
+// until it is ready. The node has 10.244.<n>.0/24 and fd00:10:244:<n>::/64.
+func daemon(h host, leases string, n int, conf string, flags ...string) *running {
+	return daemonOf(h, nil, "tweed", leases, n, conf, flags...)
+}
+
+// daemonOf is daemon for a program that is like tweed, with more in its environment.
+func daemonOf(h host, env []string, program, leases string, n int, conf string, flags ...string) *running {
 	h.t.Helper()
-	dir := h.t.TempDir()
-	write := func(path, text string) {
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			h.t.Fatal(err)
-		}
-	}
-	write(filepath.Join(dir, "net-conf.json"), conf)
-	write(filepath.Join(leases, fmt.Sprintf("n%d.json", n)), fmt.Sprintf(
-		`{"node":"n%d","since":"2026-01-02T03:04:0%dZ","subnets":"10.244.%d.0/24,fd00:10:244:%d::/64"}`, n, n, n, n))
-	args := []string{"--net=" + h.Path(), "--", program, "run", "--leases", leases, "--node-name", fmt.Sprintf("n%d", n),
-		"--net-conf", filepath.Join(dir, "net-conf.json"), "--run-dir", filepath.Join(dir, "run"),
-		"--cni-conf-dir", filepath.Join(dir, "cni")}
-	cmd := exec.Command("nsenter", append(args, flags...)...)
-	cmd.Env = append(os.Environ(), env...)
-	log := &logged{}
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
+	d := &running{host: h, n: n, dir: h.t.TempDir(), env: env, program: program}
+	d.configure(conf)
+	lease := fmt.Sprintf(
+		`{"node":"n%d","since":"2026-01-02T03:04:0%dZ","subnets":"10.244.%d.0/24,fd00:10:244:%d::/64"}`, n, n, n, n)
+	if err := os.WriteFile(filepath.Join(leases, fmt.Sprintf("n%d.json", n)), []byte(lease), 0o644); err != nil {
 		h.t.Fatal(err)
 	}
-	h.t.Cleanup(func() {
+	d.args = append([]string{"--leases", leases, "--node-name", fmt.Sprintf("n%d", n),
+		"--net-conf", filepath.Join(d.dir, "net-conf.json"), "--run-dir", filepath.Join(d.dir, "run")}, flags...)
+	d.start()
+	return d
+}
+
+// configure writes the node's net-conf.json, at once for every reader.
+func (d *running) configure(conf string) {
+	d.t.Helper()
+	path := filepath.Join(d.dir, "net-conf.json")
+	err := os.WriteFile(path+".new", []byte(conf), 0o644)
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// tweed is a command of ours on the node.
+func (d *running) tweed(command string, args ...string) *exec.Cmd {
+	return d.command("tweed", append([]string{command}, args...)...)
+}
+
+func (d *running) command(program string, args ...string) *exec.Cmd {
+	return exec.Command("nsenter", append([]string{"--net=" + d.Path(), "--", program}, args...)...)
+}
+
+// settles waits until a pass would do nothing.
+func (d *running) settles() {
+	d.t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		out, err := d.tweed("plan", d.args...).CombinedOutput()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			d.t.Fatalf("on n%d, after 30 s there still is to do: %v\n%s", d.n, err, out)
+		}
+	}
+}
+
+// start runs the daemon until stop is called, and waits until it is ready.
+func (d *running) start() {
+	d.t.Helper()
+	cmd := d.command(d.program, append([]string{"run", "--cni-conf-dir", filepath.Join(d.dir, "cni")}, d.args...)...)
+	cmd.Env = append(os.Environ(), d.env...)
+	d.cmd, d.log = cmd, &logged{}
+	cmd.Stdout, cmd.Stderr = d.log, d.log
+	if err := cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+	d.stop = sync.OnceFunc(func() {
 		_ = cmd.Process.Signal(unix.SIGTERM)
-		if err := cmd.Wait(); err != nil || h.t.Failed() {
-			h.t.Errorf("the daemon of n%d ends with %v:\n%s", n, err, log.String())
+		if err := cmd.Wait(); err != nil || d.t.Failed() {
+			d.t.Errorf("the daemon of n%d ends with %v:\n%s", d.n, err, d.log)
 		}
 	})
-	h.await("curl -sf http://127.0.0.1:9479/readyz")
-	return cmd, log
+	d.t.Cleanup(d.stop)
+	d.await("curl -sf http://127.0.0.1:9479/readyz")
 }
 
 // A logged is what a process that runs has written so far.
