@@ -74,32 +74,48 @@ func (s *suite) daemonIsUpdated(t *testing.T) { s.restart(t, syscall.SIGTERM, 0)
 // restart ends the daemons of both ends of a stream and starts them again; no datagram may be lost.
 func (s *suite) restart(t *testing.T, how syscall.Signal, status int) {
 	t.Helper()
-	s.podsPing(t) // neighbours that are still unknown lose datagrams of their own
 	from, to := s.nodes[0], s.nodes[1]
+	s.uninterrupted(t, from, to, func() {
+		for _, n := range []*cluster.Node{from, to} {
+			if got := n.Daemon.Stop(t, how); got != status {
+				t.Errorf("after %v the daemon on %s ends with status %d, want %d\n%s", how, n.Name, got, status, n.Daemon.Tail(10))
+			}
+		}
+		s.podsPing(t) // nobody needs the daemons for that
+		for _, n := range []*cluster.Node{from, to} {
+			n.StartDaemon(t)
+		}
+		s.awaitPeers(t)
+	})
+}
+
+// uninterrupted has pods of two nodes talk to each other while f runs, over UDP and over TCP. Nothing may be lost.
+func (s *suite) uninterrupted(t *testing.T, a, b *cluster.Node, f func()) {
+	t.Helper()
+	s.podsPing(t) // neighbours that are still unknown lose datagrams of their own
 	var streams []*probe.Stream
-	for _, addr := range to.Pods[0].Addrs {
-		stream, err := probe.StartStream(from.Pods[0].NetNS, to.Pods[0].NetNS, addr)
-		if err != nil {
-			t.Fatal(err)
+	var transfers []*probe.LongTransfer
+	for _, way := range [][2]*cluster.Pod{{a.Pods[0], b.Pods[0]}, {b.Pods[0], a.Pods[0]}} {
+		for _, addr := range way[1].Addrs {
+			stream, err := probe.StartStream(way[0].NetNS, way[1].NetNS, addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			transfer, err := probe.StartTransfer(way[0].NetNS, addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			streams, transfers = append(streams, stream), append(transfers, transfer)
 		}
-		streams = append(streams, stream)
 	}
-	for _, n := range []*cluster.Node{from, to} {
-		if got := n.Daemon.Stop(t, how); got != status {
-			t.Errorf("after %v the daemon on %s ends with status %d, want %d\n%s", how, n.Name, got, status, n.Daemon.Tail(10))
-		}
-	}
-	s.podsPing(t) // nobody needs the daemons for that
-	for _, n := range []*cluster.Node{from, to} {
-		n.StartDaemon(t)
-	}
-	s.awaitPeers(t)
+	f()
 	for i, stream := range streams {
-		sent, err := stream.Stop()
-		if err != nil {
-			t.Errorf("to %s: %v", to.Pods[0].Addrs[i], err)
+		sent, lost := stream.Stop()
+		bytes, broken := transfers[i].Stop()
+		if err := errors.Join(lost, broken); err != nil {
+			t.Errorf("between %s and %s: %v", a.Name, b.Name, err)
 		}
-		s.Progress("  %d datagrams to %s", sent, to.Pods[0].Addrs[i])
+		s.Progress("  %d datagrams and %d MB between %s and %s", sent, bytes/1e6, a.Name, b.Name)
 	}
 }
 
@@ -147,7 +163,12 @@ func (s *suite) hostOverride(t *testing.T) {
 	reachedBy(n.Addrs[0])
 }
 
+// apiServerGoesAway needs no API server for pods that talk, nor to repair.
 func (s *suite) apiServerGoesAway(t *testing.T) {
+	s.uninterrupted(t, s.nodes[1], s.nodes[2], func() { s.goesAway(t) })
+}
+
+func (s *suite) goesAway(t *testing.T) {
 	n := s.nodes[0]
 	s.StopAPIServer(t)
 	s.podsPing(t)

@@ -26,33 +26,43 @@ func cpu(b *testing.B) func() {
 	return func() { b.ReportMetric(float64((used()-before).Microseconds())/1000/float64(b.N), "cpu-ms/op") }
 }
 
-// Reading the packet filter anew: a process for each of ten chains, or netlink.
-func BenchmarkFilterRead(b *testing.B) {
+// What is done for the packet filter in a pass.
+func BenchmarkFilter(b *testing.B) {
+	forgotten := func(h *realHost) {
+		h.nft.seen = nil
+		for _, f := range h.filters {
+			for _, s := range f.sides {
+				s.looked, s.reading = false, nil
+			}
+		}
+	}
+	// Somebody changed nftables.
+	generation := func(h *realHost) {
+		h.nft.seen = nil
+		for _, s := range h.filters[masq.NFT].sides {
+			s.looked = false
+		}
+	}
 	for _, form := range []masq.Form{masq.IPTables, masq.NFTables} {
-		b.Run(string(form), func(b *testing.B) { benchmarkFilterRead(b, form, true) })
+		for name, before := range map[string]func(*realHost){
+			"start": forgotten, "others changed": generation, "rest": func(*realHost) {},
+		} {
+			b.Run(string(form)+"/"+name, func(b *testing.B) { benchmarkFilter(b, form, before) })
+		}
 	}
 }
 
-// At rest only the generation of nftables is asked for.
-func BenchmarkFilterAtRest(b *testing.B) { benchmarkFilterRead(b, masq.NFTables, false) }
-
-func benchmarkFilterRead(b *testing.B, form masq.Form, changed bool) {
+func benchmarkFilter(b *testing.B, form masq.Form, before func(*realHost)) {
 	h := newRealHost(b)
 	for _, family := range []string{"iptables", "ip6tables"} {
 		h.ns.Run(b, family+" -t nat -A POSTROUTING -j RETURN")
 	}
 	want := dualStack(b, form).Desired()
+	filterPass(b, h, want)
 	h.ns.Do(b, func() {
 		defer cpu(b)()
 		for b.Loop() {
-			if changed {
-				h.nft.seen = nil
-				for _, f := range h.filters {
-					for _, s := range f.sides {
-						s.looked, s.reading = false, nil
-					}
-				}
-			}
+			before(h)
 			if _, err := h.Kernel.ObserveFilter(context.Background(), want); err != nil {
 				b.Error(err)
 			}

@@ -715,7 +715,7 @@ func askForms(t *testing.T, h host) {
 	}
 }
 
-func filterPass(t *testing.T, h host, want masq.Ruleset) {
+func filterPass(t testing.TB, h host, want masq.Ruleset) {
 	t.Helper()
 	have, err := h.ObserveFilter(t.Context(), want)
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -65,27 +66,32 @@ func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Rul
 	ctx, hurry := context.WithTimeout(ctx, patience)
 	defer hurry()
 	for _, family := range families() {
-		var inUse masq.Variant
-		if want.Has(masq.IPTables) {
-			var err error
-			if inUse, err = k.chooseVariant(family); err != nil {
-				return masq.Ruleset{}, err
-			}
-		}
-		for _, v := range variants() {
-			as := v
-			if v == inUse {
-				as = ""
-			}
-			if err := k.filters[v].observe(ctx, family, as, want, &have); err != nil {
-				return masq.Ruleset{}, err
-			}
+		if err := k.observeIptables(ctx, family, want, &have); err != nil {
+			return masq.Ruleset{}, err
 		}
 	}
 	if err := k.sets.observe(ctx, want, &have); err != nil {
 		return masq.Ruleset{}, err
 	}
 	return have, nil
+}
+
+func (k *Kernel) observeIptables(ctx context.Context, family masq.Family, want masq.Ruleset, have *masq.Ruleset) error {
+	var inUse masq.Variant // none, where nobody asks
+	var err error
+	if want.Has(masq.IPTables) {
+		inUse, err = k.chooseVariant(family)
+	}
+	for _, v := range variants() {
+		as := v
+		if v == inUse {
+			as = ""
+		}
+		if err == nil {
+			err = k.filters[v].observe(ctx, family, as, want, have)
+		}
+	}
+	return err
 }
 
 // formOf returns what an object of the packet filter is written by.
@@ -150,12 +156,7 @@ func concerns(table, chain string) bool {
 	if table == masq.OwnTable || table == hintTable && chain == hint {
 		return true
 	}
-	for _, way := range ways(masq.IPv4, "") {
-		if table == way.Chain.Table && (chain == way.Chain.Name || chain == way.From) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(places(masq.IPv4), func(p place) bool { return p.Table == table && p.Name == chain })
 }
 
 // program returns what writes a family's packet filter.

@@ -34,6 +34,35 @@ type glimpse struct {
 	ours bool   // some of the chains are ours
 }
 
+// note adds a chain to a glimpse whose text is not complete. An empty one of others says nothing.
+func (g *glimpse) note(text *strings.Builder, c place, rules []string) {
+	g.ours = g.ours || c.ours
+	if c.ours || len(rules) > 0 {
+		fmt.Fprintf(text, "%s %s %d\n", c.Table, c.Name, len(rules))
+	}
+	for _, r := range rules {
+		fmt.Fprintf(text, "%d:%s\n", len(r), r)
+	}
+}
+
+// A place is a chain of ours, or one that we jump from.
+type place struct {
+	masq.Chain
+	ours bool
+}
+
+// places lists those of one family, each once.
+func places(family masq.Family) (all []place) {
+	for _, way := range ways(family, "") {
+		for _, p := range []place{{way.Chain, true}, {way.Base(), false}} {
+			if !slices.Contains(all, p) {
+				all = append(all, p)
+			}
+		}
+	}
+	return all
+}
+
 // A side is one family of a filter.
 type side struct {
 	looked     bool // since the last write
@@ -249,7 +278,7 @@ func parseSaved(r io.Reader, family masq.Family) (map[masq.Chain][]string, error
 
 // isWayIn reports whether rules of ours are in a table.
 func isWayIn(table string) bool {
-	return slices.ContainsFunc(ways(masq.IPv4, ""), func(way masq.Jump) bool { return way.Chain.Table == table })
+	return slices.ContainsFunc(places(masq.IPv4), func(p place) bool { return p.Table == table })
 }
 
 // ruleOf takes apart a line of iptables that adds a rule.

@@ -68,38 +68,20 @@ var errCutOff = errors.New("the kernel's answer cannot be read")
 func legacyGlimpse(family masq.Family) (g glimpse, err error) {
 	var text strings.Builder
 	tables := map[string]legacyTable{}
-	seen := map[masq.Chain]bool{}
-	for _, way := range ways(family, "") {
-		name := way.Chain.Table
-		table, read := tables[name]
+	for _, c := range places(family) {
+		table, read := tables[c.Table]
 		if !read {
-			if table, err = readLegacy(family, name); err != nil {
+			if table, err = readLegacy(family, c.Table); err != nil {
 				return glimpse{}, err
 			}
-			tables[name] = table
+			tables[c.Table] = table
 		}
-		for _, c := range []masq.Chain{way.Chain, way.Base()} {
-			rules, there := table.chains[c.Name]
-			if !there || seen[c] {
-				continue
-			}
-			seen[c] = true
-			g.note(&text, c, c == way.Chain, rules)
+		if rules, there := table.chains[c.Name]; there {
+			g.note(&text, c, rules)
 		}
 	}
 	g.text = text.String()
 	return g, nil
-}
-
-// note adds a chain to a glimpse whose text is not complete.
-func (g *glimpse) note(text *strings.Builder, c masq.Chain, ours bool, rules []string) {
-	g.ours = g.ours || ours
-	if ours || len(rules) > 0 {
-		fmt.Fprintf(text, "%s %s %d\n", c.Table, c.Name, len(rules))
-	}
-	for _, r := range rules {
-		fmt.Fprintf(text, "%d:%s\n", len(r), r)
-	}
 }
 
 // legacyDrops reports whether the policy of FORWARD in the older form of iptables is to drop.
@@ -183,43 +165,32 @@ func (l xtLayout) entryAt(all []byte, at int) (e xtEntry, ok bool) {
 // verdict is that of a standard target: below 0 what happens to the packet, else where it goes on.
 func (e xtEntry) verdict() int { return int(int32(getU32(e.value))) }
 
-// parseLegacy finds the chains among the entries of a table. A chain of somebody's own begins behind an entry with its
-// name, and ends with one that returns, as a chain of the kernel's ends with its policy.
+// parseLegacy finds the chains among the entries of a table.
 func parseLegacy(l xtLayout, info, all []byte) (legacyTable, error) {
 	t := legacyTable{chains: map[string][]string{}, drops: map[string]bool{}}
-	if len(info) < sizeofIptInfo {
-		return t, errCutOff
-	}
 	var entries []xtEntry
-	begins := map[int]string{} // chains by the place of their first entry
-	ends := map[int]bool{}
 	for at := 0; at < len(all); {
 		e, ok := l.entryAt(all, at)
 		if !ok {
 			return t, errCutOff
 		}
-		if e.target == xtError {
-			begins[e.next] = getString(e.value[:min(len(e.value), xtErrorName)])
-			if len(entries) > 0 {
-				ends[entries[len(entries)-1].at] = true
-			}
-		}
 		entries, at = append(entries, e), e.next
 	}
-	for name, hook := range xtHooks() {
-		if getU32(info[iptValidHooks:])&(1<<hook) != 0 {
-			begins[int(getU32(info[iptHookEntries+4*hook:]))] = name
-			ends[int(getU32(info[iptUnderflows+4*hook:]))] = true
-		}
+	if len(info) < sizeofIptInfo {
+		return t, errCutOff
 	}
+	begins, ends := xtChains(info, entries)
 	chain := ""
 	for _, e := range entries {
-		if name, begun := begins[e.at]; begun && e.target != xtError {
+		if e.target == xtError {
+			continue
+		}
+		if name, begun := begins[e.at]; begun {
 			chain = name
 			t.chains[chain] = []string{}
 		}
 		switch {
-		case chain == "" || e.target == xtError:
+		case chain == "":
 		case ends[e.at]:
 			t.drops[chain] = e.target == xtStandard && e.verdict() == iptVerdictDrop
 			chain = ""
@@ -228,6 +199,25 @@ func parseLegacy(l xtLayout, info, all []byte) (legacyTable, error) {
 		}
 	}
 	return t, nil
+}
+
+// xtChains tells chains by the places of their first entries, and which entries are their last. A chain of somebody's own
+// begins behind an entry with its name, and ends with one that returns, as a chain of the kernel's ends with its policy.
+func xtChains(info []byte, entries []xtEntry) (begins map[int]string, ends map[int]bool) {
+	begins, ends = map[int]string{}, map[int]bool{}
+	for i, e := range entries {
+		if e.target == xtError {
+			begins[e.next] = getString(e.value[:min(len(e.value), xtErrorName)])
+			ends[entries[max(i-1, 0)].at] = true
+		}
+	}
+	for name, hook := range xtHooks() {
+		if getU32(info[iptValidHooks:])&(1<<hook) != 0 {
+			begins[int(getU32(info[iptHookEntries+4*hook:]))] = name
+			ends[int(getU32(info[iptUnderflows+4*hook:]))] = true
+		}
+	}
+	return begins, ends
 }
 
 // text is the same for the same rule wherever it stands: where a jump leads to is told by name.

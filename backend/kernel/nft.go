@@ -145,30 +145,23 @@ func (n *nftables) readFamily(family masq.Family, into *nftReading) error {
 // glimpse looks at what iptables in its newer form holds.
 func (n *nftables) glimpse(family masq.Family) (g glimpse, err error) {
 	var text strings.Builder
-	seen := map[masq.Chain]bool{}
-	for _, way := range ways(family, "") {
-		for _, c := range []masq.Chain{way.Chain, way.Base()} {
-			if seen[c] {
-				continue
-			}
-			seen[c] = true
-			there, err := n.holds(c)
-			if err != nil {
-				return glimpse{}, err
-			}
-			if !there {
-				continue
-			}
-			rules, err := n.rules(c)
-			if err != nil {
-				return glimpse{}, err
-			}
-			var texts []string
-			for _, r := range rules {
-				texts = append(texts, r.still())
-			}
-			g.note(&text, c, c == way.Chain, texts)
+	for _, c := range places(family) {
+		there, err := n.holds(c.Chain)
+		if err != nil {
+			return glimpse{}, err
 		}
+		if !there {
+			continue
+		}
+		rules, err := n.rules(c.Chain)
+		if err != nil {
+			return glimpse{}, err
+		}
+		var texts []string
+		for _, r := range rules {
+			texts = append(texts, r.still())
+		}
+		g.note(&text, c, texts)
 	}
 	g.text = text.String()
 	return g, nil
