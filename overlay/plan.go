@@ -154,6 +154,10 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	if err != nil {
 		return Plan{}, fmt.Errorf("reading the packet filter: %w", err)
 	}
+	want.state.Ports, err = p.ports()
+	if err != nil {
+		return Plan{}, err
+	}
 	have, err := p.Kernel.Observe(ctx, want.state)
 	if err != nil {
 		return Plan{}, fmt.Errorf("reading the kernel's network state: %w", err)
@@ -162,6 +166,7 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		plan.Problems = append(plan.Problems, subnet.Problem{Node: in.node.Name, Kind: subnet.KindPods, Text: drop})
 	}
 	ops, problems := backend.Diff(want.state, have)
+	ops = slices.DeleteFunc(ops, p.inUse)
 	plan.Ops = append(masq.Diff(want.filter, rules), ops...)
 	for _, pr := range problems {
 		if pr.Node == "" {
@@ -175,6 +180,26 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	plan.Wanted = want.state.Len() + want.filter.Len()
 	plan.Found = have.Len() + rules.Len()
 	return plan, nil
+}
+
+// ports says how the pods' ends on this host should be. They are no part of what is desired, because they come and go all
+// the time without a pass.
+func (p *Planner) ports() (map[string]backend.Port, error) {
+	veths, err := podnet.Veths(p.RunDir)
+	if err != nil {
+		return nil, fmt.Errorf("reading which pods there are: %w", err)
+	}
+	ports := make(map[string]backend.Port, len(veths))
+	for _, v := range veths {
+		ports[v] = backend.Port{Name: v, Bridge: BridgeName, Up: true, Hairpin: true}
+	}
+	return ports, nil
+}
+
+// inUse reports whether op is for a port that a plugin is at work on just now.
+func (p *Planner) inUse(op backend.Op) bool {
+	port, ok := op.What.(backend.Port)
+	return ok && podnet.Busy(p.RunDir, port.Name)
 }
 
 // inputs gathers what the desired state depends on. Where the node or the uplink cannot be told any more, those of the

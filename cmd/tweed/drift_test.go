@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -146,6 +148,11 @@ func faults() []fault {
 			want: map[string]int{"link": maybe, "address": 1, "neighbour": 2, "route": 2}},
 		{does: "ip link del tweed.1",
 			want: map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 1}},
+		// The pod's veth is a port of it.
+		{does: "ip link del tweed0", want: map[string]int{"link": 1, "address": 2, "route": 2, "sysctl": 2, "port": 1}},
+		{does: "ip link set pod nomaster", want: map[string]int{"port": 1}, silent: true},
+		{does: "ip link set pod type bridge_slave hairpin off", want: map[string]int{"port": 1}, silent: true},
+		{does: "ip link set pod down", want: map[string]int{"port": 1}, silent: true},
 		// It is still ours by its group, and no device of ours has that name.
 		{does: "ip link set tweed.1 name renamed",
 			want: map[string]int{"link": 2, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 1}},
@@ -171,9 +178,9 @@ func allAtOnce(form string) fault {
 			ip link set tweed.1 down; ip link set tweed0 down
 			ip link set tweed0 type bridge mcast_snooping 1 nf_call_iptables 0 nf_call_ip6tables 0
 			ip addr flush dev tweed.1; ip addr flush dev tweed0
-			ip link del tweed.1; ` + filter,
+			ip link del tweed.1; ip link del tweed0; ` + filter,
 		want: map[string]int{"link": some, "address": some, "neighbour": some, "fdb": some, "route": some,
-			"sysctl": some, "filter": some},
+			"sysctl": some, "filter": some, "port": some},
 	}
 }
 
@@ -230,14 +237,30 @@ func newVictim(t *testing.T, form string, env ...string) *victim {
 	conf := fmt.Sprintf(`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48",
 		"PacketFilter": %q}`, form)
 	v := &victim{metered: &metered{host: one, leases: leases}, form: form}
-	cmd, log := startWith(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480")
+	run := t.TempDir()
+	cmd, log := startWith(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480", "--run-dir", run)
 	v.pid, v.log = cmd.Process.Pid, log
 	daemon(two, leases, 2, conf)
 	v.talk = newTalk(t, pod(one, 1), pod(two, 2))
+	v.record(run)
 	reach(v.talk.one, v.talk.two)
 	v.quiet()
 	v.before, v.moved = v.dump(), v.drift()
 	return v
+}
+
+// record has n1's pod be one that the plugin has attached.
+func (v *victim) record(runDir string) {
+	v.t.Helper()
+	v.types(`
+		ip link set pod group 116
+		ip link set pod type bridge_slave hairpin on`)
+	text := `{"container": "c", "interface": "eth0", "veth": "pod", "ifindex": 0}`
+	err := errors.Join(os.MkdirAll(filepath.Join(runDir, "pods"), 0o755),
+		os.WriteFile(filepath.Join(runDir, "pods", "pod"), []byte(text), 0o644))
+	if err != nil {
+		v.t.Fatal(err)
+	}
 }
 
 var (
@@ -254,6 +277,7 @@ func (v *victim) dump() string {
 			sysctl net/ipv6/conf/$dev/accept_ra net/ipv6/conf/$dev/accept_dad
 		done
 		ip route show table all proto 116; ip -6 route show table all proto 116
+		ip -d -o link show pod
 		ip rule; ip -6 rule
 		ip neigh show nud permanent dev tweed.1; ip -6 neigh show nud permanent dev tweed.1
 		bridge fdb show dev tweed.1
