@@ -216,6 +216,7 @@ func filterFaults(form string) []fault {
 // A victim is n1 of two nodes, whose pods talk to each other all the time.
 type victim struct {
 	*metered
+	two    host // the other node
 	pid    int
 	log    *logged
 	talk   *talk
@@ -228,17 +229,15 @@ type victim struct {
 func newVictim(t *testing.T, form string, env ...string) *victim {
 	t.Helper()
 	one, two, leases := newHost(t), newHost(t), t.TempDir()
-	cable(one, "eth0", two, "eth0")
-	for n, h := range []host{one, two} {
-		h.types(fmt.Sprintf(`
-			ip addr add 192.0.2.1%d/24 dev eth0
-			ip link set eth0 up
+	plugIn(one, two)
+	for _, h := range []host{one, two} {
+		h.types(`
 			iptables -P FORWARD DROP
-			ip6tables -P FORWARD DROP`, n+1))
+			ip6tables -P FORWARD DROP`)
 	}
 	conf := fmt.Sprintf(`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48",
 		"PacketFilter": %q}`, form)
-	v := &victim{metered: &metered{host: one, leases: leases}, form: form}
+	v := &victim{metered: &metered{host: one, leases: leases}, two: two, form: form}
 	run := t.TempDir()
 	cmd, log := startWith(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480", "--run-dir", run)
 	v.pid, v.log = cmd.Process.Pid, log
@@ -249,6 +248,17 @@ func newVictim(t *testing.T, form string, env ...string) *victim {
 	v.quiet()
 	v.before, v.moved = v.dump(), v.drift()
 	return v
+}
+
+// plugIn lays the cable between n1 and n2.
+func plugIn(one, two host) {
+	one.t.Helper()
+	cable(one, "eth0", two, "eth0")
+	for n, h := range []host{one, two} {
+		h.types(fmt.Sprintf(`
+			ip addr add 192.0.2.1%d/24 dev eth0
+			ip link set eth0 up`, n+1))
+	}
 }
 
 // record has n1's pod be one that the plugin has attached.
@@ -640,4 +650,56 @@ func TestStormOfDeletions(t *testing.T) {
 	if now := v.dump(); now != v.before {
 		t.Errorf("after the storms it is\n%s\nand was\n%s", now, v.before)
 	}
+}
+
+// restored waits until n1 is as it was, and its pod's calls are answered.
+func (v *victim) restored(what string) {
+	v.t.Helper()
+	start, now := time.Now(), ""
+	for now = v.dump(); now != v.before; now = v.dump() {
+		if time.Since(start) > soon {
+			v.t.Errorf("%s: after %v it is\n%s\nand was\n%s", what, soon, now, v.before)
+			return
+		}
+	}
+	took := time.Since(start)
+	if back, _ := v.talk.goesOn(start); !back {
+		v.t.Errorf("%s: all is repaired, and pods do not reach each other", what)
+	}
+	v.t.Logf("%s: all is back after %v, and pods talk after %v", what, took.Round(time.Millisecond),
+		time.Since(start).Round(time.Millisecond))
+}
+
+// The device below the tunnel goes down, loses its address, and is taken out altogether. Each time it comes back later.
+func TestUnderlayGoesAndComesBack(t *testing.T) {
+	t.Parallel()
+	v := newVictim(t, "nftables", intervalVar+"=1h")
+	for _, c := range []struct{ gone, back string }{
+		{"ip link set eth0 down", "ip link set eth0 up"},
+		{"ip addr del 192.0.2.11/24 dev eth0", "ip addr add 192.0.2.11/24 dev eth0"},
+		{"ip link set eth0 mtu 1400", "ip link set eth0 mtu 1500"},
+	} {
+		v.Run(t, c.gone)
+		v.pass()
+		v.Run(t, c.back)
+		v.restored(c.gone)
+	}
+	v.Run(t, "ip link del eth0")
+	v.pass()
+	if out, err := v.Try(t, "ip link show tweed.1"); err == nil {
+		t.Errorf("the tunnel outlives what is below it: %s", out)
+	}
+	plugIn(v.host, v.two)
+	v.restored("ip link del eth0")
+}
+
+// What somebody has taken our mark off is not ours any more: it is named, left alone, and taken back with its mark.
+func TestDeviceIsTakenFromUs(t *testing.T) {
+	t.Parallel()
+	v := newVictim(t, "nftables", intervalVar+"=1h")
+	v.Run(t, "ip link set tweed.1 group 7")
+	v.awaitShows("curl -s http://127.0.0.1:9479/report", "a device called tweed.1 is there and is not ours")
+	v.shows("ip link show tweed.1", "group 7")
+	v.Run(t, "ip link set tweed.1 group 116")
+	v.restored("ip link set tweed.1 group 7")
 }
