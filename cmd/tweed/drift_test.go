@@ -217,8 +217,7 @@ func filterFaults(form string) []fault {
 type victim struct {
 	*metered
 	two    host // the other node
-	pid    int
-	log    *logged
+	daemon *running
 	talk   *talk
 	before string         // the dump of n1 when all was well
 	moved  map[string]int // what the counters of drift have to be
@@ -239,8 +238,7 @@ func newVictim(t *testing.T, form string, env ...string) *victim {
 		"PacketFilter": %q}`, form)
 	v := &victim{metered: &metered{host: one, leases: leases}, two: two, form: form}
 	run := t.TempDir()
-	cmd, log := startWith(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480", "--run-dir", run)
-	v.pid, v.log = cmd.Process.Pid, log
+	v.daemon = startWith(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480", "--run-dir", run)
 	daemon(two, leases, 2, conf)
 	v.talk = newTalk(t, pod(one, 1), pod(two, 2))
 	v.record(run)
@@ -521,7 +519,7 @@ type effort struct {
 
 func (v *victim) effort() effort {
 	v.t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", v.pid))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", v.daemon.cmd.Process.Pid))
 	if err != nil {
 		v.t.Fatal(err)
 	}
@@ -537,7 +535,7 @@ func (v *victim) effort() effort {
 	const hz = 100
 	return effort{
 		at: time.Now(), passes: v.metric("tweed_pass_duration_seconds_count"),
-		lines: strings.Count(v.log.String(), "\n"), cpu: time.Duration(ticks) * time.Second / hz,
+		lines: strings.Count(v.daemon.log.String(), "\n"), cpu: time.Duration(ticks) * time.Second / hz,
 	}
 }
 

@@ -69,10 +69,18 @@ func daemon(h host, leases string, n int, conf string, flags ...string) {
 	startWith(h, nil, "tweed", leases, n, conf, flags...)
 }
 
-// startWith is daemon for a program that is like tweed, with more in its environment. It returns the process, and what
-// its log is written to.
-func startWith(h host, env []string, program, leases string, n int, conf string, flags ...string,
-) (*exec.Cmd, *logged) {
+// A running is a daemon that runs, or has been stopped and can be started again.
+type running struct {
+	host
+	n    int
+	args []string
+	env  []string
+	cmd  *exec.Cmd // nil while it does not run
+	log  logged
+}
+
+// startWith is daemon for a program that is like tweed, with more in its environment.
+func startWith(h host, env []string, program, leases string, n int, conf string, flags ...string) *running {
 	h.t.Helper()
 	dir := h.t.TempDir()
 	write := func(path, text string) {
@@ -86,21 +94,39 @@ func startWith(h host, env []string, program, leases string, n int, conf string,
 	args := []string{"--net=" + h.Path(), "--", program, "run", "--leases", leases, "--node-name", fmt.Sprintf("n%d", n),
 		"--net-conf", filepath.Join(dir, "net-conf.json"), "--run-dir", filepath.Join(dir, "run"),
 		"--cni-conf-dir", filepath.Join(dir, "cni")}
-	cmd := exec.Command("nsenter", append(args, flags...)...)
-	cmd.Env = append(os.Environ(), env...)
-	log := &logged{}
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		h.t.Fatal(err)
-	}
+	r := &running{host: h, n: n, args: append(args, flags...), env: append(os.Environ(), env...)}
 	h.t.Cleanup(func() {
-		_ = cmd.Process.Signal(unix.SIGTERM)
-		if err := cmd.Wait(); err != nil || h.t.Failed() {
-			h.t.Errorf("the daemon of n%d ends with %v:\n%s", n, err, log.String())
+		r.stop()
+		if h.t.Failed() {
+			h.t.Logf("the daemon of n%d said:\n%s", n, r.log.String())
 		}
 	})
-	h.await("curl -sf http://127.0.0.1:9479/readyz")
-	return cmd, log
+	r.start()
+	return r
+}
+
+// start starts it and waits until it is ready.
+func (r *running) start() {
+	r.t.Helper()
+	r.cmd = exec.Command("nsenter", r.args...) // which becomes the daemon
+	r.cmd.Env, r.cmd.Stdout, r.cmd.Stderr = r.env, &r.log, &r.log
+	if err := r.cmd.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	r.await("curl -sf http://127.0.0.1:9479/readyz")
+}
+
+// stop ends it, where it runs, and waits for its end.
+func (r *running) stop() {
+	r.t.Helper()
+	if r.cmd == nil {
+		return
+	}
+	_ = r.cmd.Process.Signal(unix.SIGTERM)
+	if err := r.cmd.Wait(); err != nil {
+		r.t.Errorf("the daemon of n%d ends with %v", r.n, err)
+	}
+	r.cmd = nil
 }
 
 // A logged is what a process that runs has written so far.
