@@ -219,3 +219,12 @@ func option(name string, value any, there bool) string {
 	}
 	return ""
 }
+
+// Kind is "port".
+func (Port) Kind() string { return "port" }
+
+// Command is two commands of ip: only what is a port of a bridge already can be set as one.
+func (p Port) Command(Verb, Object) string {
+	return line("ip link set dev", p.Name, "master", p.Bridge, choose(p.Up, "up", "down")) +
+		then("ip link set dev", p.Name, "type bridge_slave hairpin", choose(p.Hairpin, "on", "off"))
+}

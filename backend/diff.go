@@ -18,7 +18,8 @@ import (
 //
 // What a stranger stands in the way of is not planned, nor anything that hangs on a link that a stranger's name or
 // identifiers keep from being; each stranger makes one Problem, of the peer that the object was for, or with no Node
-// where it was for this node. Settings (Sysctls) have no absence: one that is not wanted is left as it is.
+// where it was for this node. Settings (Sysctls) have no absence: one that is not wanted is left as it is. Ports are only
+// changed: one that is not there goes with its pod, or has yet to come.
 func Diff(want State, have Observed) (ops []Op, problems []subnet.Problem) {
 	d := &differ{}
 	d.heed(want, have.Strangers)
@@ -30,6 +31,7 @@ func Diff(want State, have Observed) (ops []Op, problems []subnet.Problem) {
 	compare(d, want.Routes, have.Routes, func(a, b Route) bool { a.Peer = b.Peer; return a == b })
 	compare(d, want.Rules, have.Rules, equal)
 	d.sysctls(want.Sysctls, have.Sysctls)
+	d.ports(want.Ports, have.Ports)
 	slices.SortFunc(d.ops, order)
 	return d.ops, d.problems
 }
@@ -248,6 +250,14 @@ func (d *differ) sysctls(want, have map[string]Sysctl) {
 	}
 }
 
+func (d *differ) ports(want, have map[string]Port) {
+	for name, w := range want {
+		if h, there := have[name]; there && !d.blocked[w.Bridge] && (w != h || d.gone[w.Bridge]) {
+			d.plan(Change, w, h)
+		}
+	}
+}
+
 // Device is the name of the link that o hangs on, and goes with; "" where there is none.
 func Device(o Object) string {
 	switch o := o.(type) {
@@ -261,6 +271,8 @@ func Device(o Object) string {
 		return o.Dev
 	case Sysctl:
 		return o.device()
+	case Port:
+		return o.Bridge
 	}
 	return ""
 }
@@ -322,6 +334,8 @@ func stage(o Op) int {
 		}
 	case Rule:
 		n = 8
+	case Port:
+		n = 9
 	}
 	if o.Do == Delete {
 		return build - n
@@ -351,6 +365,8 @@ func inStage(a, b Object) int {
 		b := b.(Rule)
 		return cmp.Or(cmp.Compare(a.Priority, b.Priority), a.From.Compare(b.From), a.To.Compare(b.To),
 			cmp.Compare(a.Table, b.Table))
+	case Port:
+		return strings.Compare(a.Name, b.(Port).Name)
 	}
 	return 0
 }

@@ -15,6 +15,7 @@ func Merge(states ...State) State {
 			Routes:  union(all.Routes, s.Routes),
 			Rules:   union(all.Rules, s.Rules),
 			Sysctls: union(all.Sysctls, s.Sysctls),
+			Ports:   union(all.Ports, s.Ports),
 		}
 	}
 	return all
@@ -35,12 +36,13 @@ func union[K comparable, V any](a, b map[K]V) map[K]V {
 
 // Len is the number of objects in s.
 func (s State) Len() int {
-	return len(s.Links) + len(s.Addrs) + len(s.Neighs) + len(s.FDB) + len(s.Routes) + len(s.Rules) + len(s.Sysctls)
+	return len(s.Links) + len(s.Addrs) + len(s.Neighs) + len(s.FDB) + len(s.Routes) + len(s.Rules) + len(s.Sysctls) +
+		len(s.Ports)
 }
 
 // Equal reports whether s and t hold the same objects, for the same peers.
 func (s State) Equal(t State) bool {
 	return maps.Equal(s.Links, t.Links) && maps.Equal(s.Addrs, t.Addrs) && maps.Equal(s.Neighs, t.Neighs) &&
 		maps.Equal(s.FDB, t.FDB) && maps.Equal(s.Routes, t.Routes) && maps.Equal(s.Rules, t.Rules) &&
-		maps.Equal(s.Sysctls, t.Sysctls)
+		maps.Equal(s.Sysctls, t.Sysctls) && maps.Equal(s.Ports, t.Ports)
 }

@@ -25,6 +25,7 @@ type State struct {
 	Routes  map[RouteKey]Route
 	Rules   map[RuleKey]Rule
 	Sysctls map[string]Sysctl
+	Ports   map[string]Port
 }
 
 // Observed is what a host's kernel holds: what is ours, and what is not ours but stands where something of ours should.
@@ -158,6 +159,15 @@ type Rule struct{ RuleKey }
 // A Sysctl is one kernel setting. Name is its path below /proc/sys, such as net/ipv4/ip_forward.
 type Sysctl struct {
 	Name, Value string
+}
+
+// A Port is the host's end of a pod's interface, as a port of a bridge of ours. The plugin makes and removes the device;
+// what State wants is that one which is there is open.
+type Port struct {
+	Name    string // of the device
+	Bridge  string // which it is a port of; empty for none
+	Up      bool
+	Hairpin bool // send frames back to where they came from, so that a pod reaches itself by a service's address
 }
 
 // MAC is a 48-bit hardware address. Unlike net.HardwareAddr it can be compared.

@@ -111,13 +111,16 @@ func remade(plan Plan, res result) map[string]bool {
 
 // fightText is the same for as long as a fight lasts, so that it is one Problem and one event.
 func fightText(command, kind string) string {
-	const networkd = "; where systemd-networkd runs it is the likely one, and stops once 10-tweed.conf lies in " +
-		"/etc/systemd/networkd.conf.d (docs/install.md has it)"
+	const networkd = "; where systemd-networkd runs it is the likely one, and stops with " +
+		"/etc/systemd/networkd.conf.d/10-tweed.conf (ManageForeignRoutes=no; docs/install.md)"
+	const unmanaged = "; look for systemd-networkd (which stops with /etc/systemd/network/10-tweed.network), " +
+		"NetworkManager (/etc/NetworkManager/conf.d/10-tweed.conf; both in docs/install.md) and other pod networks"
 	suspects := map[string]string{
 		"route":     networkd,
 		"rule":      networkd,
-		"address":   networkd,
-		"link":      "; where systemd-networkd, NetworkManager or another pod network runs, have it leave the device alone",
+		"address":   unmanaged,
+		"link":      unmanaged,
+		"port":      unmanaged,
 		"neighbour": "; look for another pod network's daemon, or a script",
 		"fdb":       "; look for another pod network's daemon, or a script",
 		"sysctl":    "; look for the setting in /etc/sysctl.d, and in what tunes or hardens this host",

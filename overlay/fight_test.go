@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -123,8 +124,27 @@ func TestFightIsNamedWithAWayOut(t *testing.T) {
 			t.Errorf("%s: %s", kind, text)
 		}
 	}
-	if text := fightText("ip route add ...", "route"); !strings.Contains(text, "/etc/systemd/networkd.conf.d") {
-		t.Errorf("a fight over a route does not name who is likely: %s", text)
+	// What a text names is there, and the documents say what it is.
+	install, err := os.ReadFile("../docs/install.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for kind, file := range map[string]string{
+		"route":   "/etc/systemd/networkd.conf.d/10-tweed.conf",
+		"rule":    "/etc/systemd/networkd.conf.d/10-tweed.conf",
+		"link":    "/etc/systemd/network/10-tweed.network",
+		"address": "/etc/NetworkManager/conf.d/10-tweed.conf",
+	} {
+		text, err := os.ReadFile("../manifests/host" + file)
+		if err != nil || !strings.Contains(fightText("COMMAND", kind), file) || !strings.Contains(string(install), file) {
+			t.Errorf("%s: nothing leads to %s (%v)", kind, file, err)
+		}
+		for line := range strings.Lines(string(text)) {
+			set, _, setting := strings.Cut(strings.TrimSpace(line), "=")
+			if setting && strings.HasPrefix(set, "ManageForeign") && !strings.Contains(string(install), strings.TrimSpace(line)) {
+				t.Errorf("docs/install.md does not say %s", line)
+			}
+		}
 	}
 }
 

@@ -202,13 +202,16 @@ func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) e
 	return nil
 }
 
-func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) error {
+func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) (err error) {
+	if want.state.Ports, err = p.ports(); err != nil {
+		return err
+	}
 	have, err := p.Kernel.Observe(ctx, want.state)
 	if err != nil {
 		return fmt.Errorf("reading the kernel's network state: %w", err)
 	}
 	ops, problems := backend.Diff(want.state, have)
-	plan.Ops = append(plan.Ops, ops...)
+	plan.Ops = append(plan.Ops, slices.DeleteFunc(ops, p.inUse)...)
 	for _, pr := range problems {
 		if pr.Node == "" {
 			pr.Node, plan.Blocked = p.last.node.Name, true
@@ -218,6 +221,26 @@ func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) er
 	plan.Barred = want.barred(problems, have.Strangers)
 	plan.Found += have.Len()
 	return nil
+}
+
+// ports says how the pods' ends on this host should be. They are no part of what is desired, because they come and go all
+// the time without a pass.
+func (p *Planner) ports() (map[string]backend.Port, error) {
+	veths, err := podnet.Veths(p.RunDir)
+	if err != nil {
+		return nil, fmt.Errorf("reading which pods there are: %w", err)
+	}
+	ports := make(map[string]backend.Port, len(veths))
+	for _, v := range veths {
+		ports[v] = backend.Port{Name: v, Bridge: BridgeName, Up: true, Hairpin: true}
+	}
+	return ports, nil
+}
+
+// inUse reports whether op is for a port that a plugin is at work on just now.
+func (p *Planner) inUse(op backend.Op) bool {
+	port, ok := op.What.(backend.Port)
+	return ok && podnet.Busy(p.RunDir, port.Name)
 }
 
 // inputs gathers what the desired state depends on. Where the node or the uplink cannot be told any more, those of the

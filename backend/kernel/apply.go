@@ -54,6 +54,8 @@ func (k *Kernel) apply(op backend.Op) error {
 		return k.applyRule(op.Do, o)
 	case backend.Sysctl:
 		return k.applySysctl(op.Do, o)
+	case backend.Port:
+		return k.applyPort(o)
 	case masq.Table, masq.Set, masq.Members, masq.Chain, masq.Jump, masq.Entry, masq.Guest:
 		return k.formOf(o).apply(op)
 	}

@@ -39,6 +39,7 @@ type host interface {
 	// What others at the host do:
 	deleteUplink()
 	addStranger(backend.Object)
+	addPort(name string) // a veth of ours, which is down and a port of nothing
 	byHand(backend.Op)
 	dropForwarded() // by the policy of FORWARD, in both families
 }
@@ -188,6 +189,7 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 	}{
 		{"EverythingFromNothing", askEverythingFromNothing},
 		{"ObservedIsWhatWasWanted", askObserved},
+		{"Ports", askPorts},
 		{"EachKindChanges", askChanges},
 		{"EachKindGoes", askEachKindGoes},
 		{"CleanupLeavesNothing", askCleanup},
@@ -582,6 +584,34 @@ func askDownLink(t *testing.T, h host) {
 	off.Onlink = false
 	if err := h.Apply(t.Context(), add(off)); err == nil {
 		t.Error("a route via a gateway that is not on the link")
+	}
+}
+
+// Pods' ends are what they should be again after the bridge was lost, and are none of anybody's business who does not
+// ask for them.
+func askPorts(t *testing.T, h host) {
+	h.addPort("pod1")
+	h.addPort("pod2")
+	want := sample()
+	want.Ports = map[string]backend.Port{
+		"pod1":  {Name: "pod1", Bridge: bridge, Up: true, Hairpin: true},
+		"never": {Name: "never", Bridge: bridge, Up: true, Hairpin: true},
+	}
+	for range 2 {
+		pass(t, h, want)
+		have, err := h.Observe(t.Context(), want)
+		if err != nil || len(have.Ports) != 1 || have.Ports["pod1"] != want.Ports["pod1"] {
+			t.Errorf("ports are %+v, %v", have.Ports, err)
+		}
+		settled(t, h, want)
+		h.byHand(backend.Op{Do: backend.Delete, What: sampleBridge(), Was: sampleBridge()})
+		have, err = h.Observe(t.Context(), want)
+		if bare := (backend.Port{Name: "pod1", Up: true}); err != nil || have.Ports["pod1"] != bare {
+			t.Errorf("without the bridge ports are %+v, %v", have.Ports, err)
+		}
+	}
+	if err := h.Apply(t.Context(), backend.Op{Do: backend.Change, What: want.Ports["never"]}); err == nil {
+		t.Error("a port that is not there")
 	}
 }
 

@@ -52,6 +52,7 @@ func emptyState() backend.State {
 		Routes:  map[backend.RouteKey]backend.Route{},
 		Rules:   map[backend.RuleKey]backend.Rule{},
 		Sysctls: map[string]backend.Sysctl{},
+		Ports:   map[string]backend.Port{},
 	}
 }
 
@@ -66,6 +67,8 @@ func (f *Fake) Observe(ctx context.Context, want backend.State) (backend.Observe
 			have.Sysctls[name] = s
 		}
 	}
+	have.Ports = maps.Clone(f.own.Ports)
+	maps.DeleteFunc(have.Ports, func(name string, _ backend.Port) bool { return want.Ports[name] == backend.Port{} })
 	have.Strangers = f.strangers(want)
 	return have, ctx.Err()
 }
@@ -375,6 +378,8 @@ func (f *Fake) apply(op backend.Op) error {
 		return f.applyRule(op.Do, o)
 	case backend.Sysctl:
 		return f.applySysctl(o)
+	case backend.Port:
+		return f.applyPort(o)
 	}
 	return f.filter.Apply(op)
 }
@@ -414,6 +419,22 @@ func (f *Fake) applyLink(do backend.Verb, l backend.Link) error {
 		f.changedLink(l, old)
 	}
 	return nil
+}
+
+func (f *Fake) applyPort(p backend.Port) error {
+	_, there := f.own.Ports[p.Name]
+	if _, bridge := f.own.Links[p.Bridge]; !there || !bridge {
+		return syscall.ENODEV
+	}
+	f.own.Ports[p.Name] = p
+	return nil
+}
+
+// AddPort puts a pod's veth there, a port of nothing.
+func (f *Fake) AddPort(name string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.own.Ports[name] = backend.Port{Name: name}
 }
 
 // checkLink refuses what the driver refuses, and lowers the MTU of a new device to what its underlay has room for.
@@ -471,6 +492,11 @@ func (f *Fake) loseLink(name string) {
 	maps.DeleteFunc(f.own.FDB, func(k backend.FDBKey, _ backend.FDBEntry) bool { return k.Dev == name })
 	f.loseRoutes(func(r backend.Route) bool { return r.Dev == name })
 	maps.DeleteFunc(f.own.Sysctls, func(path string, _ backend.Sysctl) bool { return sysctlDevice(path) == name })
+	for port, p := range f.own.Ports {
+		if p.Bridge == name {
+			f.own.Ports[port] = backend.Port{Name: port, Up: p.Up}
+		}
+	}
 	for _, l := range slices.Collect(maps.Values(f.own.Links)) {
 		if l.VXLAN.Dev == name {
 			f.loseLink(l.Name)

@@ -23,6 +23,7 @@ func newFakeHost() fakeHost {
 
 func (h fakeHost) deleteUplink()                { h.RemoveInterface("eth0") }
 func (h fakeHost) addStranger(o backend.Object) { h.AddStranger(o) }
+func (h fakeHost) addPort(name string)          { h.AddPort(name) }
 func (h fakeHost) byHand(op backend.Op) {
 	if err := h.ByHand(op); err != nil {
 		panic(err)
@@ -124,6 +125,10 @@ func (h *realHost) addStranger(o backend.Object) {
 	case backend.Rule:
 		h.ns.Run(h.t, fmt.Sprintf("ip rule add pref %d from %s lookup %d", o.Priority, o.From, o.Table))
 	}
+}
+
+func (h *realHost) addPort(name string) {
+	h.ns.Run(h.t, fmt.Sprintf("ip link add %s group 116 type veth peer name %s-in", name, name))
 }
 
 // byHand types what the operation says.

@@ -19,6 +19,7 @@ func (k *Kernel) Observe(ctx context.Context, want backend.State) (backend.Obser
 	s := survey{Kernel: k, ctx: ctx, want: want, names: map[int]string{}, ours: map[int]link{}, inWay: map[any]bool{}}
 	for _, look := range []func() error{
 		s.lookAtLinks, s.lookAtAddrs, s.lookAtNeighs, s.lookAtRoutes, s.lookAtRules, s.lookAtSysctls,
+		s.lookAtPorts,
 	} {
 		if err := ctx.Err(); err != nil {
 			return backend.Observed{}, err
@@ -287,6 +288,27 @@ func (s *survey) lookAtSysctls() error {
 			return err
 		}
 		s.have.Sysctls[name] = backend.Sysctl{Name: name, Value: value}
+	}
+	return nil
+}
+
+// lookAtPorts reads those ports in want that are there.
+func (s *survey) lookAtPorts() error {
+	s.have.Ports = make(map[string]backend.Port, len(s.want.Ports))
+	if len(s.want.Ports) == 0 {
+		return nil
+	}
+	veths, err := s.links(string(backend.KindVeth))
+	if err != nil {
+		return err
+	}
+	for _, l := range veths {
+		if _, wanted := s.want.Ports[l.name]; wanted && l.group == backend.Owner {
+			// A master that is not a bridge of ours has no name here.
+			s.have.Ports[l.name] = backend.Port{
+				Name: l.name, Bridge: s.ours[l.master].name, Up: l.up, Hairpin: l.hairpin,
+			}
+		}
 	}
 	return nil
 }

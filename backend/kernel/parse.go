@@ -32,6 +32,10 @@ type link struct {
 	// features is set in a message that tells of nothing but that offloads were switched. It does not say which.
 	features bool
 
+	// Of a port of another device: that device's index, and whether frames go back to where they came from.
+	master  int
+	hairpin bool
+
 	bridge backend.Bridge
 	// Whether the kernel knows the bridge's attributes of the same names.
 	hasCall4, hasCall6, hasSnooping bool
@@ -67,6 +71,8 @@ func parseLink(b []byte) (link, bool) {
 			l.mtu = int(getU32(v))
 		case unix.IFLA_GROUP:
 			l.group = getU32(v)
+		case unix.IFLA_MASTER:
+			l.master = int(getU32(v))
 		case unix.IFLA_EVENT:
 			l.features = getU32(v) == unix.IFLA_EVENT_FEATURES
 		case unix.IFLA_LINKINFO:
@@ -80,6 +86,8 @@ func (l *link) parseInfo(b []byte) {
 	var data []byte
 	for typ, v := range attrs(b) {
 		switch typ {
+		case unix.IFLA_INFO_SLAVE_DATA:
+			l.parsePort(v)
 		case unix.IFLA_INFO_KIND:
 			l.kind = getString(v)
 		case unix.IFLA_INFO_DATA:
@@ -91,6 +99,14 @@ func (l *link) parseInfo(b []byte) {
 		l.parseVXLAN(data)
 	case l.is(backend.KindBridge):
 		l.parseBridge(data)
+	}
+}
+
+func (l *link) parsePort(data []byte) {
+	for typ, v := range attrs(data) {
+		if typ == unix.IFLA_BRPORT_MODE {
+			l.hairpin = getU8(v) != 0
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -10,10 +11,13 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -146,6 +150,11 @@ func faults() []fault {
 			want: map[string]int{"link": maybe, "address": 1, "neighbour": 2, "route": 2}},
 		{does: "ip link del tweed.1",
 			want: map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 1}},
+		// The pod's veth is a port of it.
+		{does: "ip link del tweed0", want: map[string]int{"link": 1, "address": 2, "route": 2, "sysctl": 2, "port": 1}},
+		{does: "ip link set pod nomaster", want: map[string]int{"port": 1}, silent: true},
+		{does: "ip link set pod type bridge_slave hairpin off", want: map[string]int{"port": 1}, silent: true},
+		{does: "ip link set pod down", want: map[string]int{"port": 1}, silent: true},
 		// It is still ours by its group, and no device of ours has that name.
 		{does: "ip link set tweed.1 name renamed",
 			want: map[string]int{"link": 2, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 1}},
@@ -171,9 +180,9 @@ func allAtOnce(form string) fault {
 			ip link set tweed.1 down; ip link set tweed0 down
 			ip link set tweed0 type bridge mcast_snooping 1 nf_call_iptables 0 nf_call_ip6tables 0
 			ip addr flush dev tweed.1; ip addr flush dev tweed0
-			ip link del tweed.1; ` + filter,
+			ip link del tweed.1; ip link del tweed0; ` + filter,
 		want: map[string]int{"link": some, "address": some, "neighbour": some, "fdb": some, "route": some,
-			"sysctl": some, "filter": some},
+			"sysctl": some, "filter": some, "port": some},
 	}
 }
 
@@ -207,8 +216,8 @@ func filterFaults(form string) []fault {
 // A victim is n1 of two nodes, whose pods talk to each other all the time.
 type victim struct {
 	*metered
-	pid    int
-	log    *logged
+	two    host // the other node
+	daemon *running
 	talk   *talk
 	before string         // the dump of n1 when all was well
 	moved  map[string]int // what the counters of drift have to be
@@ -219,25 +228,49 @@ type victim struct {
 func newVictim(t *testing.T, form string, env ...string) *victim {
 	t.Helper()
 	one, two, leases := newHost(t), newHost(t), t.TempDir()
-	cable(one, "eth0", two, "eth0")
-	for n, h := range []host{one, two} {
-		h.types(fmt.Sprintf(`
-			ip addr add 192.0.2.1%d/24 dev eth0
-			ip link set eth0 up
+	plugIn(one, two)
+	for _, h := range []host{one, two} {
+		h.types(`
 			iptables -P FORWARD DROP
-			ip6tables -P FORWARD DROP`, n+1))
+			ip6tables -P FORWARD DROP`)
 	}
 	conf := fmt.Sprintf(`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48",
 		"PacketFilter": %q}`, form)
-	v := &victim{metered: &metered{host: one, leases: leases}, form: form}
-	d := daemonOf(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480")
-	v.pid, v.log = d.cmd.Process.Pid, d.log
+	v := &victim{metered: &metered{host: one, leases: leases}, two: two, form: form}
+	run := t.TempDir()
+	v.daemon = daemonOf(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480", "--run-dir", run)
 	daemon(two, leases, 2, conf)
 	v.talk = newTalk(t, pod(one, 1), pod(two, 2))
+	v.record(run)
 	reach(v.talk.one, v.talk.two)
 	v.quiet()
 	v.before, v.moved = v.dump(), v.drift()
 	return v
+}
+
+// plugIn lays the cable between n1 and n2.
+func plugIn(one, two host) {
+	one.t.Helper()
+	cable(one, "eth0", two, "eth0")
+	for n, h := range []host{one, two} {
+		h.types(fmt.Sprintf(`
+			ip addr add 192.0.2.1%d/24 dev eth0
+			ip link set eth0 up`, n+1))
+	}
+}
+
+// record has n1's pod be one that the plugin has attached.
+func (v *victim) record(runDir string) {
+	v.t.Helper()
+	v.types(`
+		ip link set pod group 116
+		ip link set pod type bridge_slave hairpin on`)
+	text := `{"container": "c", "interface": "eth0", "veth": "pod", "ifindex": 0}`
+	err := errors.Join(os.MkdirAll(filepath.Join(runDir, "pods"), 0o755),
+		os.WriteFile(filepath.Join(runDir, "pods", "pod"), []byte(text), 0o644))
+	if err != nil {
+		v.t.Fatal(err)
+	}
 }
 
 var (
@@ -254,6 +287,7 @@ func (v *victim) dump() string {
 			sysctl net/ipv6/conf/$dev/accept_ra net/ipv6/conf/$dev/accept_dad
 		done
 		ip route show table all proto 116; ip -6 route show table all proto 116
+		ip -d -o link show pod
 		ip rule; ip -6 rule
 		ip neigh show nud permanent dev tweed.1; ip -6 neigh show nud permanent dev tweed.1
 		bridge fdb show dev tweed.1
@@ -458,4 +492,212 @@ func TestDriftThatNobodyTellsOf(t *testing.T) {
 	for _, f := range append(slices.Concat(filterFaults(form), faults()), allAtOnce(form)) {
 		v.suffers(f)
 	}
+}
+
+// metric reads one value of n1's metrics.
+func (v *victim) metric(name string) int {
+	v.t.Helper()
+	for line := range strings.Lines(v.Run(v.t, "curl -sf http://127.0.0.1:9480/metrics")) {
+		if value, ok := strings.CutPrefix(line, name+" "); ok {
+			n, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
+			if err != nil {
+				v.t.Fatal(err)
+			}
+			return int(n)
+		}
+	}
+	v.t.Fatalf("there is no metric %s", name)
+	return 0
+}
+
+// effort is what n1's daemon has done since it started.
+type effort struct {
+	at            time.Time
+	passes, lines int
+	cpu           time.Duration // with that of the processes it has started
+}
+
+func (v *victim) effort() effort {
+	v.t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", v.daemon.cmd.Process.Pid))
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), ") ")
+	ticks := 0
+	for _, f := range strings.Fields(rest)[11:15] { // utime, stime, cutime, cstime (proc_pid_stat(5))
+		n, err := strconv.Atoi(f)
+		if err != nil {
+			v.t.Fatal(err)
+		}
+		ticks += n
+	}
+	const hz = 100
+	return effort{
+		at: time.Now(), passes: v.metric("tweed_pass_duration_seconds_count"),
+		lines: strings.Count(v.daemon.log.String(), "\n"), cpu: time.Duration(ticks) * time.Second / hz,
+	}
+}
+
+// bounded checks what n1's daemon has done since before.
+func (v *victim) bounded(what string, before effort) {
+	v.t.Helper()
+	now := v.effort()
+	took := now.at.Sub(before.at)
+	passes, lines, cpu := now.passes-before.passes, now.lines-before.lines, now.cpu-before.cpu
+	v.t.Logf("%s: in %v %d passes, %v of processor time, %d lines in the log", what, took.Round(time.Millisecond), passes,
+		cpu, lines)
+	if most := int(took.Seconds()*5) + 2; passes > most {
+		v.t.Errorf("%s: %d passes in %v", what, passes, took)
+	}
+	if cpu > took*6/10 {
+		v.t.Errorf("%s: %v of processor time in %v", what, cpu, took)
+	}
+	if lines > 50 {
+		v.t.Errorf("%s: %d lines in the log", what, lines)
+	}
+}
+
+// forEver has a script run again and again while f does something else.
+func (v *victim) forEver(script string, f func()) {
+	v.t.Helper()
+	cmd := exec.Command("nsenter", "--net="+v.Path(), "--", "sh", "-c", "while :; do "+script+"; done")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		v.t.Fatal(err)
+	}
+	defer func() {
+		_ = syscall.Kill(-cmd.Process.Pid, unix.SIGKILL)
+		_ = cmd.Wait()
+	}()
+	f()
+}
+
+// named waits until n1 says that there is a fight over what a command does.
+func (v *victim) named(command string) {
+	v.t.Helper()
+	for start := time.Now(); !strings.Contains(v.report(), "something on this node undoes what `"+command); {
+		if time.Since(start) > 3*soon {
+			v.t.Fatalf("no fight is named: %s", v.report())
+		}
+	}
+	if v.metric(`tweed_problems{kind="fight"}`) == 0 {
+		v.t.Error("no fight is counted")
+	}
+}
+
+// stillRepairs has something else be deleted, and waits until it is back.
+func (v *victim) stillRepairs() {
+	v.t.Helper()
+	const entry = "fd00:10:244:2::/64"
+	v.Run(v.t, "ip -6 route del "+entry)
+	for start := time.Now(); !strings.Contains(v.Run(v.t, "ip -6 route show "+entry), "tweed.1"); {
+		if time.Since(start) > soon {
+			v.t.Errorf("in a storm, another route is not back after %v", soon)
+			return
+		}
+	}
+}
+
+// A node with a thousand peers loses the routes to all of them at once; then a script takes away the same route for ever, and another
+// one the packet filter.
+func TestStormOfDeletions(t *testing.T) {
+	t.Parallel()
+	const peers = 1000
+	v := newVictim(t, "iptables", intervalVar+"=1h")
+	var batch strings.Builder
+	for n := range peers {
+		prefix := fmt.Sprintf("fd00:10:244:%x::/64", 256+n)
+		text := fmt.Sprintf(`{"node":"p%d","since":"2026-01-02T03:04:06Z","subnets":"%s","host":"192.0.3.%d",
+			"backend":"vxlan","backend-data":{"vni":1,"port":8472,"mac":"0e:00:00:00:%02x:%02x"}}`,
+			n, prefix, n%250+1, n/256, n%256)
+		if err := os.WriteFile(filepath.Join(v.leases, fmt.Sprintf("p%d.json", n)), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(&batch, "route del %s\n", prefix)
+	}
+	for start := time.Now(); v.metric("tweed_peers_programmed") != peers+1; {
+		if time.Since(start) > 30*time.Second {
+			t.Fatalf("%d peers after 30 s", v.metric("tweed_peers_programmed"))
+		}
+	}
+	v.quiet()
+	v.before, v.moved = v.dump(), v.drift()
+
+	file := filepath.Join(t.TempDir(), "batch")
+	if err := os.WriteFile(file, []byte(batch.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	before := v.effort()
+	v.suffers(fault{does: "ip -6 -batch " + file, want: map[string]int{"route": peers}})
+	v.bounded("a thousand deletions", before)
+
+	before = v.effort()
+	v.forEver("ip route del 10.244.2.0/24 2>/dev/null", func() {
+		v.named("ip route add 10.244.2.0/24 ")
+		v.stillRepairs()
+		v.bounded("a route", before)
+	})
+	before = v.effort()
+	v.forEver("iptables -w -t nat -F TWEED-POSTRTG", func() {
+		v.named("iptables -t nat -I TWEED-POSTRTG")
+		v.stillRepairs()
+		v.bounded("the packet filter", before)
+	})
+	v.quiet()
+	if now := v.dump(); now != v.before {
+		t.Errorf("after the storms it is\n%s\nand was\n%s", now, v.before)
+	}
+}
+
+// restored waits until n1 is as it was, and its pod's calls are answered.
+func (v *victim) restored(what string) {
+	v.t.Helper()
+	start, now := time.Now(), ""
+	for now = v.dump(); now != v.before; now = v.dump() {
+		if time.Since(start) > soon {
+			v.t.Errorf("%s: after %v it is\n%s\nand was\n%s", what, soon, now, v.before)
+			return
+		}
+	}
+	took := time.Since(start)
+	if back, _ := v.talk.goesOn(start); !back {
+		v.t.Errorf("%s: all is repaired, and pods do not reach each other", what)
+	}
+	v.t.Logf("%s: all is back after %v, and pods talk after %v", what, took.Round(time.Millisecond),
+		time.Since(start).Round(time.Millisecond))
+}
+
+// The device below the tunnel goes down, loses its address, and is taken out altogether. Each time it comes back later.
+func TestUnderlayGoesAndComesBack(t *testing.T) {
+	t.Parallel()
+	v := newVictim(t, "nftables", intervalVar+"=1h")
+	for _, c := range []struct{ gone, back string }{
+		{"ip link set eth0 down", "ip link set eth0 up"},
+		{"ip addr del 192.0.2.11/24 dev eth0", "ip addr add 192.0.2.11/24 dev eth0"},
+		{"ip link set eth0 mtu 1400", "ip link set eth0 mtu 1500"},
+	} {
+		v.Run(t, c.gone)
+		v.pass()
+		v.Run(t, c.back)
+		v.restored(c.gone)
+	}
+	v.Run(t, "ip link del eth0")
+	v.pass()
+	if out, err := v.Try(t, "ip link show tweed.1"); err == nil {
+		t.Errorf("the tunnel outlives what is below it: %s", out)
+	}
+	plugIn(v.host, v.two)
+	v.restored("ip link del eth0")
+}
+
+// What somebody has taken our mark off is not ours any more: it is named, left alone, and taken back with its mark.
+func TestDeviceIsTakenFromUs(t *testing.T) {
+	t.Parallel()
+	v := newVictim(t, "nftables", intervalVar+"=1h")
+	v.Run(t, "ip link set tweed.1 group 7")
+	v.awaitShows("curl -s http://127.0.0.1:9479/report", "a device called tweed.1 is there and is not ours")
+	v.shows("ip link show tweed.1", "group 7")
+	v.Run(t, "ip link set tweed.1 group 116")
+	v.restored("ip link set tweed.1 group 7")
 }

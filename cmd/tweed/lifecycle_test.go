@@ -51,7 +51,7 @@ type restarted struct {
 	execs   string // the programs that were started
 	process *exec.Cmd
 	log     bytes.Buffer
-	talks   []talk
+	talks   []traffic
 }
 
 // newRestarted has a pod on each of the two nodes talk to the other.
@@ -337,8 +337,8 @@ func (m *monitor) isTalk(msg syscall.NetlinkMessage) bool {
 	return dev != m.tunnel && state&unix.NUD_PERMANENT == 0
 }
 
-// A talk goes on between two pods until it is ended, and then has lost nothing.
-type talk interface{ end(t *testing.T) }
+// A traffic goes on between two pods until it is ended, and then has lost nothing.
+type traffic interface{ end(t *testing.T) }
 
 // A numbered is a stream of numbered datagrams, one a millisecond.
 type numbered struct {

@@ -85,7 +85,7 @@ func daemon(h host, leases string, n int, conf string, flags ...string) *running
 // daemonOf is daemon for a program that is like tweed, with more in its environment.
 func daemonOf(h host, env []string, program, leases string, n int, conf string, flags ...string) *running {
 	h.t.Helper()
-	d := &running{host: h, n: n, dir: h.t.TempDir(), env: env, program: program}
+	d := &running{host: h, n: n, dir: h.t.TempDir(), env: env, program: program, log: &logged{}}
 	d.configure(conf)
 	lease := fmt.Sprintf(
 		`{"node":"n%d","since":"2026-01-02T03:04:0%dZ","subnets":"10.244.%d.0/24,fd00:10:244:%d::/64"}`, n, n, n, n)
@@ -139,7 +139,7 @@ func (d *running) start() {
 	d.t.Helper()
 	cmd := d.command(d.program, append([]string{"run", "--cni-conf-dir", filepath.Join(d.dir, "cni")}, d.args...)...)
 	cmd.Env = append(os.Environ(), d.env...)
-	d.cmd, d.log = cmd, &logged{}
+	d.cmd = cmd
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	if err := cmd.Start(); err != nil {
 		d.t.Fatal(err)
