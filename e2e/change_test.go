@@ -163,6 +163,45 @@ func (s *suite) hostOverride(t *testing.T) {
 	reachedBy(n.Addrs[0])
 }
 
+// nodesChangeVNI gives the nodes another VNI one by one, and then the old one. Two that differ name each other, and two
+// that do not reach each other's pods. No daemon is restarted.
+func (s *suite) nodesChangeVNI(t *testing.T) {
+	daemon := s.nodes[0].Daemon
+	other := strings.Replace(cluster.NetConf, `"vxlan"`, `"vxlan", "VNI": 7`, 1)
+	for _, change := range []struct{ conf, device, says string }{
+		{other, "tweed.7", "VNI 1 where this node has 7"},
+		{cluster.NetConf, "tweed.1", "VNI 7 where this node has 1"},
+	} {
+		for i, n := range s.nodes {
+			n.Configure(t, change.conf)
+			cluster.Await(t, n.Name+" to have "+change.device+" and no other", func() error {
+				if got := n.NetNS.Run(t, "ip -o link show type vxlan"); strings.Count(got, "\n") != 1 ||
+					!strings.Contains(got, " "+change.device+":") {
+					return fmt.Errorf("it has\n%s", got)
+				}
+				return nil
+			})
+			for _, not := range s.nodes[i+1:] {
+				awaitProblem(t, n, not.Name, change.says)
+				awaitProblem(t, not, n.Name, "where this node has")
+			}
+			for _, from := range s.nodes[:i] {
+				for _, addr := range n.Pods[0].Addrs {
+					cluster.Await(t, fmt.Sprintf("%s to reach %s", from.Pods[0], addr), func() error {
+						return probe.Ping(from.Pods[0].NetNS, addr)
+					})
+				}
+			}
+		}
+		s.awaitPeers(t)
+		s.podsPing(t)
+	}
+	if s.nodes[0].Daemon != daemon {
+		t.Error("the daemon of n1 was started anew")
+	}
+	s.awaitHealth(t)
+}
+
 // apiServerGoesAway needs no API server for pods that talk, nor to repair.
 func (s *suite) apiServerGoesAway(t *testing.T) {
 	s.uninterrupted(t, s.nodes[1], s.nodes[2], func() { s.goesAway(t) })

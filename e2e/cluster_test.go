@@ -35,6 +35,7 @@ func TestCluster(t *testing.T) {
 	s.step(t, "DaemonIsUpdatedUnderTraffic", s.daemonIsUpdated)
 	s.step(t, "AnnotationsAreChangedByHand", s.annotationsAreChanged)
 	s.step(t, "NodeIsReachedByAnotherAddress", s.hostOverride)
+	s.step(t, "NodesChangeTheirVNIOneByOne", s.nodesChangeVNI)
 	s.step(t, "APIServerGoesAway", s.apiServerGoesAway)
 	s.step(t, "DaemonStartsWhileAPIServerIsAway", s.daemonStartsAlone)
 	s.step(t, "GarbageInAnnotations", s.garbageInAnnotations)

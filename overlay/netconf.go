@@ -53,7 +53,9 @@ func (p *Planner) reconfigure(ctx context.Context, list subnet.List) (problem st
 		}
 	}
 	if problem == "" && !reflect.DeepEqual(now, p.Config) {
-		problem = p.change(ctx, now, list)
+		if err := p.change(ctx, now, list); err != nil {
+			problem = fmt.Sprintf("%s: %v%s", p.confName(), err, staleSuffix)
+		}
 	}
 	return problem, nil
 }
@@ -74,25 +76,24 @@ func (p *Planner) begin(network subnet.Network) *Waiting {
 }
 
 // change brings now into force, or says why it does not.
-func (p *Planner) change(ctx context.Context, now Config, list subnet.List) (problem string) {
+func (p *Planner) change(ctx context.Context, now Config, list subnet.List) error {
 	if lost := lacks(now.Network, p.Config.Network.Prefixes()); lost != "" {
-		return fmt.Sprintf("%s: %s, which is in force: a network may grow, not shrink or move; restore it, or give a "+
-			"prefix that holds it%s", p.confName(), lost, staleSuffix)
+		return fmt.Errorf("%s, which is in force: a network may grow, not shrink or move; restore it, or give a prefix "+
+			"that holds it", lost)
 	}
 	if other := needRestart(p.Config, now); len(other) > 0 {
-		return fmt.Sprintf("%s: %s: takes effect when the daemon is restarted%s",
-			p.confName(), listing(other, ", "), staleSuffix)
+		return fmt.Errorf("%s: takes effect when the daemon is restarted", listing(other, ", "))
+	}
+	if err := p.inhabited(now, list); err != nil {
+		return err
 	}
 	live := goLive(p.Config, now)
-	if err := p.inhabited(now, list); err != nil {
-		return fmt.Sprintf("%s: %v%s", p.confName(), err, staleSuffix)
-	}
 	if err := p.try(ctx, now, len(live) > 0); err != nil {
-		return fmt.Sprintf("%s: %v%s", p.confName(), err, staleSuffix)
+		return err
 	}
 	p.grow(now.Network)
 	p.Config, p.changes = now, append(p.changes, live...)
-	return ""
+	return nil
 }
 
 // try says what would keep this node from being reached if now were in force: no interface has an address of the

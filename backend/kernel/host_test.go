@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
+	"time"
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/kernel/netnstest"
@@ -51,6 +53,15 @@ func newRealHost(t testing.TB) *realHost {
 		"ip route add default via 192.0.2.1", "ip route add default via 2001:db8::1",
 	} {
 		h.ns.Run(t, c)
+	}
+	// The kernel makes an IPv6 address the host's own a moment after it has been set.
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		if strings.HasPrefix(h.ns.Run(t, "ip route get 2001:db8::11"), "local ") {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("2001:db8::11 does not become an address of the host")
+		}
 	}
 	h.open()
 	return h

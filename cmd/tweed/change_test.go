@@ -399,3 +399,23 @@ func TestPeerChangesWhatItPublishes(t *testing.T) {
 		p.followed(change.what, start)
 	}
 }
+
+// Only the family whose address goes, or comes back, is sent another way.
+func TestNodeLosesTheAddressOfOneFamily(t *testing.T) {
+	t.Parallel()
+	c := newThreeNodes(t)
+	c.run(`{"DirectRouting": true}`)
+	c.goes(1, 2, plainly(2)...)
+	c.goes(2, 1, plainly(1)...)
+	c.follows(1, 2, "IPv6 goes", func() {
+		c.nodes[2].types("ip addr del 2001:db8::12/64 dev eth0")
+		c.goes(1, 2, plainly(2)[0], tunnelled(2)[1])
+		c.goes(2, 1, plainly(1)[0], tunnelled(1)[1])
+	})
+	c.follows(1, 2, "IPv6 comes", func() {
+		c.nodes[2].types("ip addr add 2001:db8::12/64 dev eth0 nodad")
+		c.goes(1, 2, plainly(2)...)
+		c.goes(2, 1, plainly(1)...)
+	})
+	c.leavesNothing(2, 1)
+}

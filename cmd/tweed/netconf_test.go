@@ -161,7 +161,6 @@ func TestNetConfIsFollowedUnderTraffic(t *testing.T) {
 		if took := time.Since(start); took > back {
 			t.Errorf("%s: in force after %v, want %v at most", change.keys, took, back)
 		}
-		c.refused(1, `"Backend": {"VNI": 0}`, "Backend.VNI 0")
 		bothHave(plain)
 		c.isAsBefore(1, before)
 		c.allAnswered(pings)
@@ -171,13 +170,15 @@ func TestNetConfIsFollowedUnderTraffic(t *testing.T) {
 			t.Errorf("%s and back: calls are unanswered for %v", change.keys, lost)
 		}
 	}
+	c.refused(1, plain, `"Backend": {"VNI": 0}`, "Backend.VNI 0")
+	c.refused(1, plain, `"Backend": {"VNI": 7}, "SubnetLen": 25`, "SubnetLen is 24 in force and 25 in the file")
 	if now := []string{c.nodes[1].index("tweed.1"), c.nodes[1].index("tweed0")}; !slices.Equal(now, devices) {
 		t.Errorf("the devices are others, %v instead of %v", now, devices)
 	}
 }
 
-// refused gives a node a net-conf.json that cannot come into force, and awaits that it says so.
-func (c *threeNodes) refused(n int, keys, why string) {
+// refused gives a node a net-conf.json that cannot come into force, awaits that it says so, and restores the one that is.
+func (c *threeNodes) refused(n int, inForce, keys, why string) {
 	c.router.t.Helper()
 	c.daemons[n].settles()
 	before := c.daemons[n].ours()
@@ -185,6 +186,8 @@ func (c *threeNodes) refused(n int, keys, why string) {
 	c.nodes[n].awaitProblem(fmt.Sprintf("n%d", n), why)
 	c.nodes[n].awaitProblem(fmt.Sprintf("n%d", n), "what was in force stays")
 	same(c.router.t, "while the file is refused", before, c.daemons[n].ours())
+	c.daemons[n].configure(inForce)
+	c.nodes[n].awaitProblem(fmt.Sprintf("n%d", n), "")
 }
 
 // isAsBefore waits until a node has settled, and compares what it has with what it had.

@@ -204,14 +204,15 @@ type underlay struct {
 	node   string // of a node, by its number
 	cable  string // of an end of a cable, by its number
 	mask   string
+	one    string // mask of a node's
 	flag   string // for new addresses
 	mtu    string // of a device on the narrower cable
 }
 
 func underlays() []underlay {
 	return []underlay{
-		{"ipv4", "203.0.113.%d", "192.0.2.%d", "/31", "", "mtu 1350 "},
-		{"ipv6", "2001:db8::%d", "2001:db8:1::%d", "/127", "nodad", "mtu 1330 "},
+		{"ipv4", "203.0.113.%d", "192.0.2.%d", "/31", "/32", "", "mtu 1350 "},
+		{"ipv6", "2001:db8::%d", "2001:db8:1::%d", "/127", "/128", "nodad", "mtu 1330 "},
 	}
 }
 
@@ -224,13 +225,20 @@ func (u underlay) join(hosts ...host) {
 			ip link set eth0 up
 			ip link set eth1 mtu 1400 up
 			ip addr add ` + u.of(n+1) + " dev lo " + u.flag)
-		way := []string{"ip route add " + u.of(2-n) + " src " + u.of(n+1)}
 		for i, dev := range []string{"eth0", "eth1"} {
 			h.Run(h.t, fmt.Sprintf("ip addr add "+u.cable+"%s dev %s %s", 2*i+n, u.mask, dev, u.flag))
-			way = append(way, fmt.Sprintf("nexthop via "+u.cable+" dev %s", 2*i+1-n, dev))
 		}
-		h.Run(h.t, strings.Join(way, " "))
+		u.lead(h, n+1, u.of(n+1), u.of(2-n))
 	}
+}
+
+// lead has packets from one address to another leave node n by both cables.
+func (u underlay) lead(h host, n int, from, to string) {
+	way := "ip route add " + to + " src " + from
+	for i, dev := range []string{"eth0", "eth1"} {
+		way += fmt.Sprintf(" nexthop via "+u.cable+" dev %s", 2*i+2-n, dev)
+	}
+	h.Run(h.t, way)
 }
 
 // of is the address of node n.
@@ -264,6 +272,39 @@ func TestNodeLosesOneOfTwoUplinks(t *testing.T) {
 			cut("eth1")
 			if out, err := pod1.Try(t, "ping -c 1 -W 1 10.244.2.5"); err == nil {
 				t.Errorf("the packets go by neither cable:\n%s", out)
+			}
+		})
+	}
+}
+
+// The address is on lo, and n1 gets another there: no event of an uplink tells of that.
+func TestAddressOnLoMovesToAnother(t *testing.T) {
+	t.Parallel()
+	for _, u := range underlays() {
+		t.Run(u.family, func(t *testing.T) {
+			t.Parallel()
+			one, two, leases := newHost(t), newHost(t), t.TempDir()
+			u.join(one, two)
+			daemon(one, leases, 1, u.conf(), "--iface", "lo")
+			daemon(two, leases, 2, u.conf(), "--iface", "lo")
+			pod1, pod2 := pod(one, 1), pod(two, 2)
+			reach(pod1, pod2)
+			device := one.index("tweed.1")
+			start := time.Now()
+			u.lead(two, 2, u.of(2), u.of(11))
+			one.types(`
+				ip addr add ` + u.of(11) + ` dev lo ` + u.flag + `
+				ip route del ` + u.of(2) + `
+				ip addr del ` + u.of(1) + u.one + ` dev lo`)
+			u.lead(one, 1, u.of(11), u.of(2))
+			one.awaitShows("ip -d link show tweed.1", "vxlan id 1 local "+u.of(11)+" srcport")
+			two.awaitShows("bridge fdb show dev tweed.1", "dst "+u.of(11)+" ")
+			if took := time.Since(start); took > back {
+				t.Errorf("it is followed after %v, want %v at most", took, back)
+			}
+			reach(pod1, pod2)
+			if got := one.index("tweed.1"); got != device {
+				t.Errorf("the device is another, %s instead of %s", got, device)
 			}
 		})
 	}

@@ -38,7 +38,8 @@ const (
 	kubeconfigPath = "/var/run/secrets/tweed/kubeconfig"
 )
 
-const netConf = `{
+// NetConf is the net-conf.json that each node begins with.
+const NetConf = `{
   "Network": "10.244.0.0/16", "IPv6Network": "fd00:10:244::/48", "EnableIPv6": true, "IPv6SubnetLen": 64,
   "Backend": {"Type": "vxlan"}
 }
@@ -138,7 +139,7 @@ users: [{name: tweed, user: {tokenFile: %q}}]
 	}
 	for path, text := range map[string]string{
 		"run/xtables.lock":   "",
-		"etc/net-conf.json":  netConf,
+		"etc/net-conf.json":  NetConf,
 		"secrets/kubeconfig": kubeconfig,
 		"secrets/token":      token,
 	} {
