@@ -302,6 +302,26 @@ func TestPodOfAnUnguardedNodeIsLetIn(t *testing.T) {
 	})
 }
 
+// TestPlainRouteLeadsToThePort has a pod send to another node's bridge past the tunnel, with its node's address.
+func TestPlainRouteLeadsToThePort(t *testing.T) {
+	for guard, form := range map[bool]masq.Form{true: masq.IPTables, false: masq.NFTables} {
+		t.Run(fmt.Sprintf("guard %v", guard), func(t *testing.T) {
+			t.Parallel()
+			direct := fmt.Sprintf(`"Backend": {"DirectRouting": true, "Guard": %v}`, guard)
+			c := newSiege(t, keep{form, masq.IPv4, direct, direct})
+			c.attacker.Run(t, "ip addr add 192.0.2.13/32 dev lo")
+			a := attempt{"a pod", c.attacker, "192.0.2.13", "10.244.2.1:8472", "n2", masq.DroppedPod}
+			for how, size := range sizes() {
+				if guard {
+					c.fails(a, how, size)
+				} else {
+					c.succeeds(a, how, size)
+				}
+			}
+		})
+	}
+}
+
 // TestPeerIsTakenForAStranger has n3 send from its address, and from one that an operator says is n3's too.
 func TestPeerIsTakenForAStranger(t *testing.T) {
 	inEachSiege(t, func(t *testing.T, form masq.Form, family masq.Family) {
