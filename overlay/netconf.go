@@ -209,6 +209,8 @@ func goLive(before, now Config) []difference {
 		{"Backend.MTU", b.MTU, c.MTU},
 		{"Backend.DirectRouting", b.DirectRouting, c.DirectRouting},
 		{"Backend.ChecksumOffload", b.ChecksumOffload, c.ChecksumOffload},
+		{"Backend.Guard", b.Guard, c.Guard},
+		{"Backend.AcceptPeers", b.AcceptPeers, c.AcceptPeers},
 	})
 }
 

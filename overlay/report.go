@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"time"
 
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/subnet"
 )
 
@@ -49,6 +50,7 @@ type census struct {
 	own, refused      int // leases: of this node, and of others that are not in force
 	nodes, programmed int // other nodes that are to be reached, and that the kernel leads to
 	subnets           []netip.Prefix
+	counted           map[masq.Chain][]string // as in Plan
 }
 
 // A lack is what keeps this node from being planned for, or from having a lease.
@@ -78,7 +80,7 @@ func (r *Report) count(plan Plan, res result, before Report) {
 	r.tally, r.owed = &t, owes
 	r.census = census{
 		own: len(plan.Self), refused: plan.Refused, nodes: plan.Nodes, programmed: res.programmed(plan),
-		subnets: plan.Info.Subnets,
+		subnets: plan.Info.Subnets, counted: plan.Counted,
 	}
 	if plan.Blind { // as far as is known
 		r.census.programmed = min(before.census.programmed, plan.Nodes)

@@ -36,8 +36,8 @@ func (k *Kernel) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
 	for _, v := range variants() {
 		errs = append(errs, k.filters[v].observeAll(ctx, v, &have))
 	}
-	errs = append(errs, k.sets.observeAll(ctx, &have))
-	return have, errors.Join(errs...)
+	k.sets.forget()
+	return have, errors.Join(append(errs, k.sets.observe(masq.Ruleset{}, &have))...)
 }
 
 // observeAll adds to have what is ours, guests that packets do not get to too. A kernel without nftables holds nothing.

@@ -70,10 +70,7 @@ func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Rul
 			return masq.Ruleset{}, err
 		}
 	}
-	if err := k.sets.observe(ctx, want, &have); err != nil {
-		return masq.Ruleset{}, err
-	}
-	return have, nil
+	return have, k.sets.observe(want, &have)
 }
 
 func (k *Kernel) observeIptables(ctx context.Context, family masq.Family, want masq.Ruleset, have *masq.Ruleset) error {
@@ -182,13 +179,11 @@ func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
 
 // ways lists our chains of one family with the chains that each is reached from.
 func ways(family masq.Family, v masq.Variant) []masq.Jump {
-	forward := masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.Forward, Variant: v}
-	postrouting := masq.Chain{Family: family, Table: masq.NatTable, Name: masq.Postrouting, Variant: v}
-	return []masq.Jump{
-		{Chain: forward, From: masq.BaseForward},
-		{Chain: forward, From: masq.DockerUser},
-		{Chain: postrouting, From: masq.BasePostrouting},
+	all := masq.Ways(masq.IPTables, family)
+	for i := range all {
+		all[i].Chain.Variant = v
 	}
+	return all
 }
 
 func explainFilter(err error) error {

@@ -59,6 +59,7 @@ func xtHooks() map[string]int {
 // A legacyTable is a table of the older form of iptables.
 type legacyTable struct {
 	chains map[string][]string // each rule in bytes that are the same for the same rule
+	counts map[string][]uint64 // of packets that each rule has matched
 	drops  map[string]bool     // policies of the kernel's own chains
 }
 
@@ -138,6 +139,7 @@ func getsockopt(fd, level, option int, buf []byte) error {
 type xtEntry struct {
 	at, next int
 	bytes    []byte // without what changes by itself
+	packets  uint64 // that it has matched
 	target   string
 	value    []byte // what follows the target's head
 }
@@ -158,7 +160,7 @@ func (l xtLayout) entryAt(all []byte, at int) (e xtEntry, ok bool) {
 	clear(b[l.counters : l.counters+16])
 	head := b[target:]
 	const nameLength = sizeofXtTarget - xtTargetName - 1 // the revision follows
-	return xtEntry{at: at, next: at + next, bytes: b,
+	return xtEntry{at: at, next: at + next, bytes: b, packets: binary.NativeEndian.Uint64(all[at+l.counters:]),
 		target: getString(head[xtTargetName : xtTargetName+nameLength]), value: head[sizeofXtTarget:]}, true
 }
 
@@ -167,7 +169,7 @@ func (e xtEntry) verdict() int { return int(int32(getU32(e.value))) }
 
 // parseLegacy finds the chains among the entries of a table.
 func parseLegacy(l xtLayout, info, all []byte) (legacyTable, error) {
-	t := legacyTable{chains: map[string][]string{}, drops: map[string]bool{}}
+	t := legacyTable{chains: map[string][]string{}, counts: map[string][]uint64{}, drops: map[string]bool{}}
 	var entries []xtEntry
 	for at := 0; at < len(all); {
 		e, ok := l.entryAt(all, at)
@@ -196,6 +198,7 @@ func parseLegacy(l xtLayout, info, all []byte) (legacyTable, error) {
 			chain = ""
 		default:
 			t.chains[chain] = append(t.chains[chain], e.text(begins))
+			t.counts[chain] = append(t.counts[chain], e.packets)
 		}
 	}
 	return t, nil
