@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -16,7 +17,7 @@ import (
 // Observe reads what this host holds of ours, and what is not ours but stands where something in want should. Of
 // sysctls it reads those in want. What the kernel cannot tell or do it reports as wanted.
 func (k *Kernel) Observe(ctx context.Context, want backend.State) (backend.Observed, error) {
-	s := survey{Kernel: k, ctx: ctx, want: want, names: map[int]string{}, ours: map[int]link{}}
+	s := survey{Kernel: k, ctx: ctx, want: want, names: map[int]string{}, ours: map[int]link{}, alien: map[place]string{}}
 	for _, look := range []func() error{
 		s.lookAtLinks, s.lookAtAddrs, s.lookAtNeighs, s.lookAtRoutes, s.lookAtRules, s.lookAtSysctls,
 	} {
@@ -38,6 +39,14 @@ type survey struct {
 	have  backend.Observed
 	names map[int]string // of all links that were met
 	ours  map[int]link   // by index
+	// alien has, for each place that was read as a whole, a route there that is not ours; "" where there is none.
+	alien map[place]string
+}
+
+// A place is where routes are looked up.
+type place struct {
+	family uint8
+	table  int
 }
 
 func (s *survey) stranger(key any, format string, args ...any) {
@@ -253,12 +262,58 @@ func (s *survey) lookAtRules() error {
 	for _, r := range rules {
 		if r.protocol == backend.Owner {
 			s.have.Rules[r.key] = backend.Rule{RuleKey: r.key}
-		} else if _, wanted := s.want.Rules[r.key]; wanted {
-			s.stranger(r.key, "a rule that is not ours (protocol %d) says the same: priority %d, table %d; remove it "+
-				"(ip rule del priority %d)", r.protocol, r.key.Priority, r.key.Table, r.key.Priority)
+			continue
+		}
+		for key := range s.want.Rules {
+			if key.Table == r.key.Table && key.Table != backend.MainTable && ruleFamily(key) == ruleFamily(r.key) {
+				s.stranger(key, "a rule that is not ours (protocol %d, priority %d) leads to the same table %d; remove it "+
+					"(ip rule del priority %d)", r.protocol, r.key.Priority, r.key.Table, r.key.Priority)
+			}
+		}
+	}
+	return s.lookForStrangersBehindRules()
+}
+
+// lookForStrangersBehindRules keeps our rules from sending packets into a table that somebody else uses. While a rule
+// stands, nobody looks for the routes of others behind it unless one of ours is missing there.
+func (s *survey) lookForStrangersBehindRules() error {
+	for key := range s.want.Rules {
+		at := place{ruleFamily(key), key.Table}
+		if at.table == backend.MainTable {
+			continue
+		}
+		if _, there := s.have.Rules[key]; !there {
+			if err := s.lookForAliens(at); err != nil {
+				return err
+			}
+		}
+		if what := s.alien[at]; what != "" {
+			s.stranger(key, "table %d holds a route that is not ours; remove it: ip route del %s", at.table, what)
 		}
 	}
 	return nil
+}
+
+// lookForAliens reads all that is at a place, unless that was done before.
+func (s *survey) lookForAliens(at place) error {
+	if _, done := s.alien[at]; done {
+		return nil
+	}
+	routes, err := s.routes(at.family, 0, at.table)
+	if err != nil {
+		return err
+	}
+	s.noteAlien(at, routes)
+	return nil
+}
+
+// noteAlien notes which of all routes at a place is not ours. In the main table others are at home.
+func (s *survey) noteAlien(at place, routes []route) {
+	s.alien[at] = ""
+	i := slices.IndexFunc(routes, func(r route) bool { return r.protocol != backend.Owner })
+	if i >= 0 && at.table != backend.MainTable {
+		s.alien[at] = s.describe(routes[i])
+	}
 }
 
 func (s *survey) lookAtSysctls() error {
