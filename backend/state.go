@@ -131,6 +131,10 @@ const MainTable = 254
 // first.
 const NodesTable = Owner
 
+// PodMark is the bit by which packets are marked that come from pods here, or are for them, unless they answer what came
+// to a node's own port.
+const PodMark = 0x1000
+
 // RouteKey tells routes apart. The address family is the destination's.
 type RouteKey struct {
 	Table  int // mostly MainTable

@@ -196,6 +196,11 @@ func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stal
 		}
 		in.node, in.uplink = p.last.node, p.last.uplink
 	}
+	// An uplink that has lost its address stays in force, but the copy of it on our device must not keep it alive: the host
+	// would go on to answer for it.
+	in.uplink.Held = slices.DeleteFunc(slices.Clone(in.uplink.Addrs), func(a netip.Addr) bool {
+		return backend.Holder(ifaces, a) == ""
+	})
 	in.generation, in.network = list.Generation, p.Config.Network
 	if slices.ContainsFunc(in.node.Subnets, is6) {
 		if in.advertised, err = p.Kernel.RouterAdvertised(ctx); err != nil {

@@ -35,7 +35,7 @@ func (c Config) way(node string, up backend.Uplink) way {
 	}
 	vx := vxlan.Config{
 		Node: node, VNI: b.VNI, Port: b.Port, MTU: b.MTU, NoTxChecksum: b.ChecksumOffload == "off",
-		Underlay: family(up.Local),
+		Underlay: family(up.Local), Held: up.Held,
 	}
 	return way{
 		backend: vxlan.Name, data: vx.Data(), judge: vx.Judge, device: vxlan.DeviceName(vx.VNI), mtu: vx.DeviceMTU(up),

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strconv"
+	"time"
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/subnet"
@@ -33,6 +34,8 @@ type Config struct {
 	MTU int
 	// NoTxChecksum is as in backend.VXLAN.
 	NoTxChecksum bool
+	// Held are the addresses that this node publishes and has itself, at most one a family.
+	Held []netip.Addr
 	// Underlay is the family of addresses that encapsulated packets travel between: 4 or 6.
 	Underlay int
 }
@@ -85,6 +88,10 @@ func (c Config) DeviceMTU(up backend.Uplink) int {
 // Desired is what this node's kernel must hold to reach peers, given its own leases. The peers' leases have passed
 // Judge. Those on up's Segment get a plain route, each family by itself. They keep their entries on the device, so that
 // to change over, in either direction, is to replace one route.
+//
+// Pods and nodes reach each other through the tunnel with their own addresses, where these are inside. As long as one
+// peer behind the tunnel is of an older version, this node's own packets have an address of its subnet, which that peer
+// answers through the tunnel.
 func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.State {
 	dev := DeviceName(c.VNI)
 	s := backend.State{
@@ -92,21 +99,28 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 		Addrs:  make(map[backend.AddrKey]backend.Addr, len(self)),
 		Neighs: make(map[backend.NeighKey]backend.Neigh, len(peers)),
 		FDB:    make(map[backend.FDBKey]backend.FDBEntry, len(peers)),
-		Routes: make(map[backend.RouteKey]backend.Route, len(peers)),
+		Routes: make(map[backend.RouteKey]backend.Route, 2*len(peers)),
+		Rules:  map[backend.RuleKey]backend.Rule{}, Sysctls: map[string]backend.Sysctl{},
 	}
 	// A host that does not forward IPv6 believes router advertisements, and one could come out of the tunnel.
-	ra := "net/ipv6/conf/" + dev + "/accept_ra"
-	s.Sysctls = map[string]backend.Sysctl{ra: {Name: ra, Value: "0"}}
+	set(s, "net/ipv6/conf/"+dev+"/accept_ra", "0")
+	old := c.reach(s, peers, up)
 	for _, l := range self {
 		a := ownAddr(dev, l.Subnet.Addr())
-		s.Addrs[a.AddrKey] = a
-	}
-	for _, l := range peers {
-		if d, err := c.parse(l.Data); err == nil {
-			reach(s, dev, l, d.MAC, up.Segment)
+		if held, ok := c.held(l.Subnet.Addr()); ok && !old {
+			a = heldAddr(dev, held)
 		}
+		s.Addrs[a.AddrKey] = a
+		rule := nodesRule(l.Subnet)
+		s.Rules[rule.RuleKey] = rule
 	}
+	// So that the check of where a packet comes from (rp_filter) goes by the mark too. It is for IPv4 alone.
+	set(s, "net/ipv4/conf/"+dev+"/src_valid_mark", "1")
 	return s
+}
+
+func set(s backend.State, name, value string) {
+	s.Sysctls[name] = backend.Sysctl{Name: name, Value: value}
 }
 
 func (c Config) link(dev string, up backend.Uplink) backend.Link {
@@ -119,8 +133,15 @@ func (c Config) link(dev string, up backend.Uplink) backend.Link {
 	return backend.Link{Name: dev, Type: backend.KindVXLAN, MAC: MAC(c.Node), MTU: c.DeviceMTU(up), Up: true, VXLAN: v}
 }
 
-// ownAddr is the address that this node's own packets into the tunnel have. In IPv4 it is the subnet's first, which is
-// the gateway that peers route to. In IPv6 the first is an anycast address of every router on the subnet (RFC 4291,
+// heldAddr puts the node's own address on the device as well, so that its packets into the tunnel have it, those too that
+// another program masquerades: the kernel then takes the address of the device that a packet leaves by.
+func heldAddr(dev string, a netip.Addr) backend.Addr {
+	key := backend.AddrKey{Dev: dev, Prefix: netip.PrefixFrom(a, a.BitLen())}
+	return backend.Addr{AddrKey: key, NoDAD: a.Is6(), NoPrefixRoute: a.Is6()}
+}
+
+// ownAddr is the address that the node's packets into the tunnel have where its own is not inside. In IPv4 it is the
+// subnet's first, which is the gateway that peers route to. In IPv6 the first is an anycast address of every router on the subnet (RFC 4291,
 // section 2.6.1) and the second the bridge's, so it is the third.
 func ownAddr(dev string, first netip.Addr) backend.Addr {
 	if first.Is4() {
@@ -130,8 +151,40 @@ func ownAddr(dev string, first netip.Addr) backend.Addr {
 	return backend.Addr{AddrKey: backend.AddrKey{Dev: dev, Prefix: netip.PrefixFrom(third, 128)}, NoDAD: true}
 }
 
-// reach adds to s what leads to one lease of a peer.
-func reach(s backend.State, dev string, l subnet.Lease, mac backend.MAC, segment backend.Segment) {
+// reach adds to s what leads to peers, and reports whether one behind the tunnel is of an older version: its pods answer
+// this node's own address past the tunnel.
+func (c Config) reach(s backend.State, peers []subnet.Lease, up backend.Uplink) (old bool) {
+	dev := DeviceName(c.VNI)
+	since := map[netip.Addr]time.Time{} // of who has the route to a node's address
+	for _, l := range peers {
+		d, err := c.parse(l.Data)
+		if err != nil {
+			continue
+		}
+		route := reach(s, dev, l, d.MAC, up.Segment)
+		if route.Dev != dev {
+			continue
+		}
+		old = old || !d.Inside.Known()
+		node := l.NodeAddr()
+		if !node.IsValid() || !d.Inside.Has(node) {
+			continue
+		}
+		// Two nodes that publish one address: the older is believed, as with a subnet.
+		if other, taken := since[node]; taken && !l.Since.Before(other) {
+			continue
+		}
+		since[node] = l.Since
+		route.RouteKey = backend.RouteKey{Table: backend.NodesTable, Dst: netip.PrefixFrom(node, node.BitLen())}
+		s.Routes[route.RouteKey] = route
+	}
+	return old
+}
+
+// reach adds to s what leads to one lease of a peer, and returns the route.
+func reach(
+	s backend.State, dev string, l subnet.Lease, mac backend.MAC, segment backend.Segment,
+) backend.Route {
 	fdb := backend.FDBKey{Dev: dev, MAC: mac}
 	s.FDB[fdb] = backend.FDBEntry{FDBKey: fdb, Dst: l.Host, Peer: l.Node}
 
@@ -148,4 +201,5 @@ func reach(s backend.State, dev string, l subnet.Lease, mac backend.MAC, segment
 		route.Dev, route.Via, route.Onlink = dev, gateway, onlink
 	}
 	s.Routes[route.RouteKey] = route
+	return route
 }
