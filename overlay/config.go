@@ -39,6 +39,9 @@ type BackendConfig struct {
 	DirectRouting bool
 	// ChecksumOffload is "auto" for what the kernel does by itself, or "off".
 	ChecksumOffload string
+	// Guard drops what others than nodes send to Port, and AcceptPeers lets what nodes send there past a host's own
+	// filter.
+	Guard, AcceptPeers bool
 }
 
 // smallestConfig is shown to who has none.
@@ -146,7 +149,9 @@ func (f familyDraft) key(field string) string {
 func newDraft() *draft {
 	return &draft{
 		Config: Config{
-			Backend:      BackendConfig{Type: vxlan.Name, VNI: defaultVNI, Port: defaultPort, ChecksumOffload: "auto"},
+			Backend: BackendConfig{
+				Type: vxlan.Name, VNI: defaultVNI, Port: defaultPort, ChecksumOffload: "auto", Guard: true,
+			},
 			SubnetSource: subnet.OriginAuto,
 			PacketFilter: masq.IPTables,
 		},
@@ -186,12 +191,15 @@ func (d *draft) checkFamilies() {
 	}
 }
 
-// checkBackend refuses keys of the tunnel where there is none.
+// checkBackend refuses keys of the tunnel where there is none, and of its guard.
 func (d *draft) checkBackend() {
 	if d.Backend.Type == vxlan.Name {
+		if d.Backend.AcceptPeers && !d.Backend.Guard {
+			d.fail("Backend.AcceptPeers", `would accept what anybody sends; set Backend.Guard to true, or remove the key`)
+		}
 		return
 	}
-	for _, key := range []string{"VNI", "Port", "DirectRouting", "ChecksumOffload"} {
+	for _, key := range []string{"VNI", "Port", "DirectRouting", "ChecksumOffload", "Guard", "AcceptPeers"} {
 		if _, given := d.given["Backend."+key]; given {
 			d.fail("Backend."+key, `means nothing with %q, which has no tunnel; remove the key, or set Backend.Type to %q`,
 				d.Backend.Type, vxlan.Name)

@@ -152,6 +152,8 @@ Backend.DirectRouting true: means nothing with "host-gw", which has no tunnel; r
 			"Backend.MTU 600: too small for this pod network; want at least 626"},
 		{`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00::/48", "Backend": {"MTU": 1300}}`,
 			"Backend.MTU 1300: too small for this pod network; want at least 1350"},
+		{`{"Network": "10.244.0.0/16", "Backend": {"Guard": false, "AcceptPeers": true}}`,
+			`Backend.AcceptPeers true: would accept what anybody sends; set Backend.Guard to true, or remove the key`},
 		{`{"Network": "10.244.0.0/16", "Backend": {"DirectRouting": "true"}}`,
 			`Backend.DirectRouting "true": want true or false, without quotes`},
 		{`{"Network": "10.244.0.0/16", "Backend": {"ChecksumOffload": "on"}}`,
@@ -183,7 +185,7 @@ func TestSmallestConfigIsCompletedByDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (BackendConfig{Type: "vxlan", VNI: 1, Port: 8472, ChecksumOffload: "auto"}); c.Backend != want {
+	if want := (BackendConfig{Type: "vxlan", VNI: 1, Port: 8472, ChecksumOffload: "auto", Guard: true}); c.Backend != want {
 		t.Errorf("backend is %+v", c.Backend)
 	}
 	if len(c.Network) != 1 || c.Network[0].Len != 24 || c.Network[0].Count() != 256 || c.Underlay != 0 ||
@@ -201,7 +203,8 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 		"Underlay": "ipv6",
 		"SubnetSource": "lease", "PacketFilter": "nftables", "NonMasqueradeCIDRs": ["192.0.2.0/24", "::/0"],
 		"Backend": {
-			"Type": "vxlan", "VNI": 16777215, "Port": 4789, "MTU": 9000, "DirectRouting": true, "ChecksumOffload": "off"
+			"Type": "vxlan", "VNI": 16777215, "Port": 4789, "MTU": 9000, "DirectRouting": true, "ChecksumOffload": "off",
+			"Guard": true, "AcceptPeers": true
 		}
 	}`))
 	if err != nil {
@@ -223,7 +226,8 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 	if !slices.EqualFunc(c.Network, want, same) {
 		t.Errorf("network is %+v\nwant %+v", c.Network, want)
 	}
-	backend := BackendConfig{Type: "vxlan", VNI: 16777215, Port: 4789, MTU: 9000, DirectRouting: true, ChecksumOffload: "off"}
+	backend := BackendConfig{Type: "vxlan", VNI: 16777215, Port: 4789, MTU: 9000, DirectRouting: true,
+		ChecksumOffload: "off", Guard: true, AcceptPeers: true}
 	if c.Backend != backend || c.Underlay != 6 || c.SubnetSource != subnet.OriginLease {
 		t.Errorf("backend is %+v, underlay %d, subnets by %s", c.Backend, c.Underlay, c.SubnetSource)
 	}

@@ -55,6 +55,8 @@ func (d *draft) backendKeys() map[string]setter {
 		"MTU":             whole(1, math.MaxUint16, &b.MTU),
 		"DirectRouting":   boolean(&b.DirectRouting),
 		"ChecksumOffload": oneOf([]string{"auto", "off"}, &b.ChecksumOffload),
+		"Guard":           boolean(&b.Guard),
+		"AcceptPeers":     boolean(&b.AcceptPeers),
 	}
 }
 

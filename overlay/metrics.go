@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
@@ -107,7 +108,7 @@ func (m *meter) handler() http.Handler {
 type gauges struct {
 	r *Reconciler
 
-	leases, wanted, programmed, listAge, used, free, problems *prometheus.Desc
+	leases, wanted, programmed, listAge, used, free, problems, drops *prometheus.Desc
 }
 
 func newGauges(r *Reconciler) *gauges {
@@ -123,12 +124,14 @@ func newGauges(r *Reconciler) *gauges {
 		used:       desc("addresses_used", "Addresses of this node's subnets that pods have.", "subnet"),
 		free:       desc("addresses_free", "Addresses of this node's subnets that pods can still get.", "subnet"),
 		problems:   desc("problems", "What is wrong, on this node and with others, by kind.", "kind"),
+		drops: desc("guard_drops_total", "Packets to the tunnel's port that were dropped, by what they were dropped for.",
+			"reason"),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (g *gauges) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{g.leases, g.wanted, g.programmed, g.listAge, g.used, g.free, g.problems} {
+	for _, d := range []*prometheus.Desc{g.leases, g.wanted, g.programmed, g.listAge, g.used, g.free, g.problems, g.drops} {
 		ch <- d
 	}
 }
@@ -153,6 +156,13 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	for kind, n := range rep.problemsByKind() {
 		gauge(g.problems, float64(n), kind)
 	}
+	dropped, err := g.dropped(c.counted)
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(g.drops, err)
+	}
+	for reason, n := range dropped {
+		ch <- prometheus.MustNewConstMetric(g.drops, prometheus.CounterValue, float64(n), reason)
+	}
 	usage, err := podnet.UsageOf(g.r.planner.RunDir, c.subnets)
 	if err != nil {
 		ch <- prometheus.NewInvalidMetric(g.used, err)
@@ -161,6 +171,30 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 		gauge(g.used, float64(u.Used), u.Subnet.String())
 		gauge(g.free, float64(u.Free), u.Subnet.String())
 	}
+}
+
+// dropped adds up the counters of the guard. A chain that holds other rules than it should, for as long as nobody has
+// looked, counts nothing. There is nothing to tell where nothing is guarded.
+func (g *gauges) dropped(counted map[masq.Chain][]string) (map[string]uint64, error) {
+	if len(counted) == 0 {
+		return nil, nil
+	}
+	n := map[string]uint64{}
+	for _, reason := range masq.Reasons() {
+		n[reason] = 0
+	}
+	for chain, reasons := range counted {
+		counts, err := g.r.planner.Kernel.RuleCounts(context.Background(), chain)
+		if err != nil {
+			return nil, err
+		}
+		for i, reason := range reasons {
+			if len(counts) == len(reasons) && reason != "" {
+				n[reason] += counts[i]
+			}
+		}
+	}
+	return n, nil
 }
 
 // leases counts them by what they are to this node.

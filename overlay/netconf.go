@@ -161,6 +161,8 @@ func differences(before, now Config) (out []string) {
 	differ("Backend.MTU", b.MTU, c.MTU)
 	differ("Backend.DirectRouting", b.DirectRouting, c.DirectRouting)
 	differ("Backend.ChecksumOffload", b.ChecksumOffload, c.ChecksumOffload)
+	differ("Backend.Guard", b.Guard, c.Guard)
+	differ("Backend.AcceptPeers", b.AcceptPeers, c.AcceptPeers)
 	return out
 }
 

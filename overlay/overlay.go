@@ -47,6 +47,8 @@ type Kernel interface {
 	Observe(ctx context.Context, want backend.State) (backend.Observed, error)
 	// ObserveFilter reads what the packet filter holds of ours.
 	ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Ruleset, error)
+	// RuleCounts returns how many packets each rule of a chain of ours has matched, in their order.
+	RuleCounts(ctx context.Context, c masq.Chain) ([]uint64, error)
 	// Apply makes one change.
 	Apply(ctx context.Context, op backend.Op) error
 	// Watch calls ring, until ctx ends, whenever something of ours or of an uplink may have changed.

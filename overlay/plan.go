@@ -65,6 +65,8 @@ type Plan struct {
 	Nodes, Refused int
 	// Barred names those of Nodes that a stranger keeps from being reached.
 	Barred []string
+	// Counted are the chains whose drops are told, and what each of their rules drops packets for.
+	Counted map[masq.Chain][]string
 	// Unpublished is set where the list of leases does not hold Self as it is.
 	Unpublished bool
 	// Stale says what is not known of this node any more, so that what was in force stays, and nothing is published; nil
@@ -89,6 +91,7 @@ type inputs struct {
 type desired struct {
 	state    backend.State
 	filter   masq.Ruleset
+	counted  map[masq.Chain][]string
 	self     []subnet.Lease
 	peers    int
 	nodes    []string // of peers
@@ -137,7 +140,7 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	want := p.desired
 	plan := Plan{
 		Self: want.self, Uplink: in.uplink, Info: want.info, Peers: want.peers, Unpublished: want.unsaid, Stale: stale,
-		Nodes: len(want.nodes), Refused: want.refused,
+		Nodes: len(want.nodes), Refused: want.refused, Counted: want.counted,
 	}
 	plan.Problems = append(plan.Problems, list.Problems...)
 	plan.Problems = append(plan.Problems, want.problems...)
@@ -275,10 +278,20 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 	)
 	d.filter = masq.Config{
 		Form: p.Config.PacketFilter, Network: p.Config.Network, Subnets: served, Port: w.port,
-		NonMasquerade: p.Config.NonMasquerade,
+		NonMasquerade: p.Config.NonMasquerade, Guard: p.Config.Backend.Guard, AcceptPeers: p.Config.Backend.AcceptPeers,
+		Underlay: masq.FamilyOf(in.uplink.Local), Peers: endpoints(peers),
 	}.Desired()
+	d.counted = d.filter.Counted()
 	d.warn(in)
 	return d
+}
+
+// endpoints lists the addresses that peers' encapsulated packets go to or come from.
+func endpoints(peers []subnet.Lease) (all []netip.Addr) {
+	for _, l := range peers {
+		all = append(append(all, l.Host), l.Sources...)
+	}
+	return all
 }
 
 // own makes the leases that this node publishes.

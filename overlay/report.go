@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"time"
 
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/subnet"
 )
 
@@ -48,6 +49,7 @@ type census struct {
 	own, refused      int // leases: of this node, and of others that are not in force
 	nodes, programmed int // other nodes that are to be reached, and that the kernel leads to
 	subnets           []netip.Prefix
+	counted           map[masq.Chain][]string // as in Plan
 }
 
 // A lack is what keeps this node from being planned for, or from having a lease.
@@ -75,7 +77,7 @@ func (r *Report) count(plan Plan, res result, owed map[string]bool) {
 	r.tally, r.owed = &t, owes
 	r.census = census{
 		own: len(plan.Self), refused: plan.Refused, nodes: plan.Nodes, programmed: res.programmed(plan),
-		subnets: plan.Info.Subnets,
+		subnets: plan.Info.Subnets, counted: plan.Counted,
 	}
 }
 

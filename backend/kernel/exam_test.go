@@ -207,6 +207,7 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"FilterIsKept", askFilter},
 		{"FilterChangesItsForm", askForms},
 		{"SetsAreFilledAndEmptied", askSets},
+		{"PortIsGuarded", askGuard},
 		{"AllThatIsOursIsFound", askAll},
 	} {
 		t.Run(question.name, func(t *testing.T) { question.ask(t, newHost(t)) })

@@ -22,6 +22,7 @@ type Fake struct {
 	own, others backend.State
 	uplinks     map[string]backend.Interface
 	filter      masq.Ruleset
+	counts      map[masq.Chain][]uint64
 	advertised  []string
 
 	ops   []backend.Op
@@ -154,6 +155,25 @@ func (f *Fake) SetFilterHost(c masq.Chain, h masq.Host) {
 		f.filter.Hosts = map[masq.Chain]masq.Host{}
 	}
 	f.filter.Hosts[c] = h
+}
+
+// RuleCounts is as in Kernel. What was not set is 0.
+func (f *Fake) RuleCounts(ctx context.Context, c masq.Chain) ([]uint64, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	counts := make([]uint64, len(f.filter.Chains[c]))
+	copy(counts, f.counts[c])
+	return counts, ctx.Err()
+}
+
+// SetRuleCounts says what the rules of a chain have matched.
+func (f *Fake) SetRuleCounts(c masq.Chain, counts ...uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.counts == nil {
+		f.counts = map[masq.Chain][]uint64{}
+	}
+	f.counts[c] = counts
 }
 
 // ObserveAll is as in Kernel. A Fake has no pods.

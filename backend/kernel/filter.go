@@ -157,8 +157,10 @@ func (f *filter) mayHoldLegacy() bool {
 // hasLegacyTables reports whether this network namespace has a table of the older form that chains of ours may be in.
 func hasLegacyTables() bool {
 	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
-		if hasLegacy(family, masq.FilterTable) || hasLegacy(family, masq.NatTable) {
-			return true
+		for _, way := range ways(family, masq.Legacy) {
+			if hasLegacy(family, way.Chain.Table) {
+				return true
+			}
 		}
 	}
 	return false
@@ -241,13 +243,11 @@ func hasLegacy(family masq.Family, table string) bool {
 
 // ways lists our chains of one family with the chains that each is reached from.
 func ways(family masq.Family, v masq.Variant) []masq.Jump {
-	forward := masq.Chain{Family: family, Table: masq.FilterTable, Name: masq.Forward, Variant: v}
-	postrouting := masq.Chain{Family: family, Table: masq.NatTable, Name: masq.Postrouting, Variant: v}
-	return []masq.Jump{
-		{Chain: forward, From: masq.BaseForward},
-		{Chain: forward, From: masq.DockerUser},
-		{Chain: postrouting, From: masq.BasePostrouting},
+	all := masq.Ways(masq.IPTables, family)
+	for i := range all {
+		all[i].Chain.Variant = v
 	}
+	return all
 }
 
 func (f *filter) begin() *reading {
@@ -291,7 +291,8 @@ func (f *filter) readFamily(ctx context.Context, family masq.Family, into *readi
 		return err
 	}
 	for _, way := range ways(family, f.variant) {
-		if f.variant == masq.Legacy && !hasLegacy(family, way.Chain.Table) { // to look would make it
+		if (f.variant == masq.Legacy || f.legacy && way.Chain.Table != masq.FilterTable) &&
+			!hasLegacy(family, way.Chain.Table) { // to look would make it
 			continue
 		}
 		for _, c := range []masq.Chain{way.Chain, way.Base()} {

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"encoding/binary"
+	"errors"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -23,44 +24,69 @@ const (
 	targetOffsetV6 = 140 // and in struct ip6t_entry
 )
 
+// An xtTable is what the kernel has of a table of the older form of iptables.
+type xtTable struct {
+	info    []byte // struct ipt_getinfo
+	entries []byte
+}
+
+// legacyTable reads a table. One that is not there it makes.
+func legacyTable(family masq.Family, name string) (t xtTable, err error) {
+	domain, level := unix.AF_INET, unix.SOL_IP
+	if family == masq.IPv6 {
+		domain, level = unix.AF_INET6, unix.SOL_IPV6
+	}
+	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return t, err
+	}
+	defer unix.Close(fd)
+	for range nftTries {
+		t.info = make([]byte, sizeofIptInfo)
+		copy(t.info, name)
+		if err = getsockopt(fd, level, iptGetInfo, t.info); err != nil {
+			return t, err
+		}
+		size := binary.NativeEndian.Uint32(t.info[iptSize:])
+		table := make([]byte, iptEntries+size)
+		copy(table, name)
+		binary.NativeEndian.PutUint32(table[iptName:], size)
+		t.entries = table[iptEntries:]
+		if err = getsockopt(fd, level, iptGetEntries, table); !errors.Is(err, unix.EAGAIN) { // others wrote in between
+			break
+		}
+	}
+	return t, err
+}
+
 // legacyDrops reports whether the policy of FORWARD in the older form of iptables is to drop. It asks nothing where
 // there is no such table: to ask would make it.
 func legacyDrops(family masq.Family) bool {
 	if !hasLegacy(family, masq.FilterTable) {
 		return false
 	}
-	domain, level, offset := unix.AF_INET, unix.SOL_IP, targetOffsetV4
-	if family == masq.IPv6 {
-		domain, level, offset = unix.AF_INET6, unix.SOL_IPV6, targetOffsetV6
-	}
-	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	t, err := legacyTable(family, masq.FilterTable)
 	if err != nil {
 		return false
 	}
-	defer unix.Close(fd)
-	info := make([]byte, sizeofIptInfo)
-	copy(info, masq.FilterTable)
-	if !getsockopt(fd, level, iptGetInfo, info) {
+	offset := targetOffsetV4
+	if family == masq.IPv6 {
+		offset = targetOffsetV6
+	}
+	at := int(binary.NativeEndian.Uint32(t.info[iptUnderflows+4*unix.NF_INET_FORWARD:]))
+	if at+offset+2 > len(t.entries) {
 		return false
 	}
-	size := binary.NativeEndian.Uint32(info[iptSize:])
-	table := make([]byte, iptEntries+size)
-	copy(table, masq.FilterTable)
-	binary.NativeEndian.PutUint32(table[iptName:], size)
-	if !getsockopt(fd, level, iptGetEntries, table) {
-		return false
-	}
-	at := iptEntries + int(binary.NativeEndian.Uint32(info[iptUnderflows+4*unix.NF_INET_FORWARD:]))
-	if at+offset+2 > len(table) {
-		return false
-	}
-	at += int(binary.NativeEndian.Uint16(table[at+offset:])) + sizeofXtTarget
-	return at+4 <= len(table) && int32(binary.NativeEndian.Uint32(table[at:])) == iptVerdictDrop
+	at += int(binary.NativeEndian.Uint16(t.entries[at+offset:])) + sizeofXtTarget
+	return at+4 <= len(t.entries) && int32(binary.NativeEndian.Uint32(t.entries[at:])) == iptVerdictDrop
 }
 
-func getsockopt(fd, level, option int, buf []byte) bool {
+func getsockopt(fd, level, option int, buf []byte) error {
 	size := uint32(len(buf))
 	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option),
 		uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&size)), 0)
-	return errno == 0
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }

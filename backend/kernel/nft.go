@@ -17,8 +17,6 @@ import (
 const (
 	// nftTries is how often a reading, or a change that follows from one, starts over because others wrote meanwhile.
 	nftTries = 20
-	// natChain is the type of a chain that translates.
-	natChain = "nat"
 )
 
 var errUnsteady = errors.New("others changed nftables again and again while we looked")
@@ -134,8 +132,11 @@ func (n *nftables) readFamily(family masq.Family, into *nftReading) error {
 	if err := n.readSets(family, into); err != nil {
 		return err
 	}
-	own := nftWay(family)
-	for _, c := range append(nftHosts(family), own.Chain, own.Base()) {
+	chains := nftHosts(family)
+	for _, way := range masq.Ways(masq.NFTables, family) {
+		chains = append(chains, way.Chain, way.Base())
+	}
+	for _, c := range chains {
 		chain, there, err := n.chain(c)
 		if err == nil && there {
 			chain.rules, err = n.rules(c)
@@ -155,18 +156,12 @@ func (n *nftables) readFamily(family masq.Family, into *nftReading) error {
 	return nil
 }
 
-// nftWay returns the way into what we translate of one family.
-func nftWay(family masq.Family) masq.Jump {
-	return masq.Jump{
-		Chain: masq.Chain{Family: family, Table: masq.OwnTable, Name: masq.Translate}, From: masq.NatHook,
-	}
-}
-
 // nftHosts lists the chains of others that rules of ours may stand in.
 func nftHosts(family masq.Family) []masq.Chain {
 	return []masq.Chain{
 		{Family: family, Table: masq.FilterTable, Name: masq.BaseForward},
 		{Family: family, Table: masq.FilterTable, Name: masq.DockerUser},
+		{Family: family, Table: masq.FilterTable, Name: masq.BaseInput},
 		{Family: family, Table: masq.NatTable, Name: masq.BasePostrouting},
 	}
 }
@@ -285,12 +280,13 @@ func (s *nftReading) translate(want masq.Ruleset, have *masq.Ruleset) {
 		set.tell(name, want, have)
 	}
 	for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
-		way := nftWay(family)
-		if c, there := s.chains[way.Chain]; there {
-			have.Chains[way.Chain], have.Handles[way.Chain] = c.known(family, want.Chains[way.Chain])
-		}
-		if base, there := s.chains[way.Base()]; there && base.leads(way) {
-			have.Jumps[way] = true
+		for _, way := range masq.Ways(masq.NFTables, family) {
+			if c, there := s.chains[way.Chain]; there {
+				have.Chains[way.Chain], have.Handles[way.Chain] = c.known(family, want.Chains[way.Chain])
+			}
+			if base, there := s.chains[way.Base()]; there && base.leads(way) {
+				have.Jumps[way] = true
+			}
 		}
 		for _, host := range nftHosts(family) {
 			if c, there := s.chains[host]; there {
@@ -322,9 +318,25 @@ func (c nftChain) known(family masq.Family, want []masq.Rule) (rules []masq.Rule
 
 // leads reports whether c is the hook of way, and holds the jump and nothing else.
 func (c nftChain) leads(way masq.Jump) bool {
-	return c.base && c.typ == natChain && c.hook == unix.NF_INET_POST_ROUTING && c.priority == masq.NatPriority &&
+	hook := masq.HookOf(way.From)
+	return c.base && c.typ == hook.Type && c.hook == hookNumber(hook) && int(c.priority) == hook.Priority &&
 		c.policy == nfAccept && len(c.rules) == 1 &&
 		textOf(c.rules[0].exprs) == textOf([]nftExpr{verdict(unix.NFT_JUMP, way.Chain.Name)})
+}
+
+// hookNumber is what the kernel calls a hook.
+func hookNumber(h masq.Hook) uint32 {
+	switch h.Name {
+	case masq.PreroutingHook:
+		return unix.NF_INET_PRE_ROUTING
+	case masq.InputHook:
+		return unix.NF_INET_LOCAL_IN
+	case masq.ForwardHook:
+		return unix.NF_INET_FORWARD
+	case masq.OutputHook:
+		return unix.NF_INET_LOCAL_OUT
+	}
+	return unix.NF_INET_POST_ROUTING
 }
 
 // reached returns those rules of c that packets get to.

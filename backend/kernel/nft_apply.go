@@ -73,13 +73,14 @@ func (n *nftables) changeJump(do backend.Verb, j masq.Jump) (changes []nftChange
 	if err != nil || do == backend.Delete {
 		return changes, err
 	}
+	hook := masq.HookOf(j.From)
 	m := chainMessage(j.Base())
 	m.nest(unix.NFTA_CHAIN_HOOK, func(m *message) {
-		m.be32(unix.NFTA_HOOK_HOOKNUM, unix.NF_INET_POST_ROUTING)
-		m.be32(unix.NFTA_HOOK_PRIORITY, masq.NatPriority)
+		m.be32(unix.NFTA_HOOK_HOOKNUM, hookNumber(hook))
+		m.be32(unix.NFTA_HOOK_PRIORITY, uint32(int32(hook.Priority)))
 	})
 	m.be32(unix.NFTA_CHAIN_POLICY, nfAccept)
-	m.string(unix.NFTA_CHAIN_TYPE, natChain)
+	m.string(unix.NFTA_CHAIN_TYPE, hook.Type)
 	jump := []nftExpr{verdict(unix.NFT_JUMP, j.Chain.Name)}
 	return append(changes, nftChange{unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE | unix.NLM_F_EXCL, m},
 		newRule(j.Base(), jump, unix.NLM_F_APPEND, 0)), nil

@@ -25,7 +25,8 @@ const (
 	nftGoto        = -4
 	nftReturn      = -5
 	sizeofNfgenmsg = 4
-	commentUdata   = 0 // NFTNL_UDATA_RULE_COMMENT of libnftnl/udata.h, which iptables and nft read
+	ipsDstNAT      = 1 << 5 // IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h
+	commentUdata   = 0      // NFTNL_UDATA_RULE_COMMENT of libnftnl/udata.h, which iptables and nft read
 )
 
 // nfMessage returns the head of a message about one family.
@@ -118,24 +119,66 @@ func exprs(family masq.Family, r masq.Rule) []nftExpr {
 		mark := binary.NativeEndian.AppendUint32(nil, r.Mark)
 		all = append(all, loadMeta(unix.NFT_META_MARK), mask(mark), compare(mark, false))
 	}
+	if r.In != "" {
+		all = append(all, loadMeta(unix.NFT_META_IIFNAME), compare([]byte(r.In), false))
+	}
 	src, dst := uint32(12), uint32(16) // offsets in struct iphdr
 	if family == masq.IPv6 {
 		src, dst = 8, 24 // in struct ipv6hdr
 	}
 	all = append(all, matchPrefix(src, r.Src, r.NotSrc)...)
 	all = append(all, matchPrefix(dst, r.Dst, r.NotDst)...)
+	all = append(all, matchUDP(r)...)
+	all = append(all, matchWay(r)...)
+	all = append(all, lookup(src, r.SrcIn, r.NotSrcIn)...)
+	all = append(all, lookup(dst, r.DstIn, r.NotDstIn)...)
+	return append(all, verdictOf(r)...)
+}
+
+// verdictOf returns the steps of what happens to a packet that r matches. What is dropped is counted.
+func verdictOf(r masq.Rule) []nftExpr {
+	switch r.Verdict {
+	case masq.Accept:
+		return []nftExpr{verdict(nfAccept, "")}
+	case masq.Return:
+		return []nftExpr{verdict(nftReturn, "")}
+	case masq.Masquerade:
+		return masquerade(r.Ports)
+	case masq.Drop:
+		return []nftExpr{{name: "counter"}, verdict(nfDrop, "")}
+	case masq.NoTrack:
+		return []nftExpr{{name: "notrack"}}
+	}
+	return nil
+}
+
+func matchUDP(r masq.Rule) (all []nftExpr) {
 	if r.UDP {
 		all = append(all, loadMeta(unix.NFT_META_L4PROTO), compare([]byte{unix.IPPROTO_UDP}, false))
 	}
-	all = append(all, lookup(src, r.SrcIn, r.NotSrcIn)...)
-	all = append(all, lookup(dst, r.DstIn, r.NotDstIn)...)
-	switch r.Verdict {
-	case masq.Accept:
-		return append(all, verdict(nfAccept, ""))
-	case masq.Return:
-		return append(all, verdict(nftReturn, ""))
-	case masq.Masquerade:
-		return append(all, masquerade(r.Ports)...)
+	if r.DstPort != 0 {
+		const dport = 2 // offset in struct udphdr
+		all = append(all, load(unix.NFT_PAYLOAD_TRANSPORT_HEADER, dport, 2),
+			compare(binary.BigEndian.AppendUint16(nil, r.DstPort), false))
+	}
+	return all
+}
+
+// matchWay asks where a packet goes, and whether it was meant to go there.
+func matchWay(r masq.Rule) (all []nftExpr) {
+	if r.Local {
+		var m message
+		m.be32(unix.NFTA_FIB_DREG, unix.NFT_REG_1)
+		m.be32(unix.NFTA_FIB_RESULT, unix.NFT_FIB_RESULT_ADDRTYPE)
+		m.be32(unix.NFTA_FIB_FLAGS, unix.NFTA_FIB_F_DADDR)
+		all = append(all, nftExpr{"fib", m}, compare(binary.NativeEndian.AppendUint32(nil, unix.RTN_LOCAL), false))
+	}
+	if r.Translated {
+		var m message
+		m.be32(unix.NFTA_CT_DREG, unix.NFT_REG_1)
+		m.be32(unix.NFTA_CT_KEY, unix.NFT_CT_STATUS)
+		all = append(all, nftExpr{"ct", m}, mask(binary.NativeEndian.AppendUint32(nil, ipsDstNAT)),
+			compare(make([]byte, 4), true))
 	}
 	return all
 }
@@ -197,9 +240,13 @@ func matchPrefix(offset uint32, p netip.Prefix, not bool) []nftExpr {
 
 // loadNetwork reads from the packet's IP header.
 func loadNetwork(offset, length uint32) nftExpr {
+	return load(unix.NFT_PAYLOAD_NETWORK_HEADER, offset, length)
+}
+
+func load(header, offset, length uint32) nftExpr {
 	var m message
 	m.be32(unix.NFTA_PAYLOAD_DREG, unix.NFT_REG_1)
-	m.be32(unix.NFTA_PAYLOAD_BASE, unix.NFT_PAYLOAD_NETWORK_HEADER)
+	m.be32(unix.NFTA_PAYLOAD_BASE, header)
 	m.be32(unix.NFTA_PAYLOAD_OFFSET, offset)
 	m.be32(unix.NFTA_PAYLOAD_LEN, length)
 	return nftExpr{"payload", m}

@@ -39,7 +39,9 @@ func additions(want, have Ruleset) (ops []backend.Op) {
 	}
 	for _, j := range sorted(want.Jumps, compareJumps) {
 		if !have.Jumps[j] && have.dueJump(j) {
-			j.At = have.Hosts[j.Base()].End
+			if j.At = have.Hosts[j.Base()].End; j.first() {
+				j.At = 1
+			}
 			add(j)
 		}
 	}
@@ -85,15 +87,18 @@ func removals(want, have Ruleset) (ops []backend.Op) {
 	return ops
 }
 
+// first reports whether j stands in front of what others decide.
+func (j Jump) first() bool { return j.Chain.Table == MangleTable || j.Chain.Table == RawTable }
+
 // dueJump reports whether this host needs j. From DOCKER-USER it would overtake all that follows in FORWARD, network
 // policies too; there it is only for where packets would not get further.
 func (r Ruleset) dueJump(j Jump) bool { return j.From != DockerUser || r.Hosts[j.Base()].Harms }
 
-// dueGuest reports whether this host needs g, and has the chain for it. In FORWARD it stands before a policy can become
-// to drop.
+// dueGuest reports whether this host needs g, and has the chain for it. In FORWARD and INPUT it stands before a policy
+// can become to drop.
 func (r Ruleset) dueGuest(g Guest) bool {
 	h, there := r.Hosts[g.Host]
-	return there && (g.Host.Name == BaseForward || h.Harms)
+	return there && (g.Host.Name == BaseForward || g.Host.Name == BaseInput || h.Harms)
 }
 
 // diffRules first inserts from the top what is missing, then takes away from the bottom what is too many: exceptions

@@ -1,5 +1,5 @@
 // Package masq says what the packet filter must hold so that pods reach each other untranslated and the world
-// masqueraded.
+// masqueraded, and nobody but other nodes the tunnel's port.
 //
 // It is pure, and knows nothing of how a packet filter is read or written.
 package masq
@@ -30,10 +30,6 @@ const (
 const (
 	OwnTable  = "tweed"
 	Translate = "translate"
-	NatHook   = "postrouting"
-	// NatPriority is the hook's place: just behind what others hook into there (NF_IP_PRI_NAT_SRC is 100). The first
-	// chain that translates a connection decides, so kube-proxy's masquerading comes before ours.
-	NatPriority = 101
 )
 
 // DockerUser is a chain that Docker's way through FORWARD begins with, and that it leaves to others to fill.
@@ -67,15 +63,26 @@ type Config struct {
 	Port uint16
 	// NonMasquerade holds addresses outside the network that see pods by their own addresses.
 	NonMasquerade []netip.Prefix
+	// Guard drops what comes to Port from others than Peers, and keeps pods from sending to it.
+	Guard bool
+	// AcceptPeers lets what Guard lets in past a host that drops what it does not know.
+	AcceptPeers bool
+	// Underlay is the family that encapsulated packets travel by.
+	Underlay Family
+	// Peers are the addresses that other nodes' encapsulated packets come from and go to; of another family than
+	// Underlay's they mean nothing.
+	Peers []netip.Addr
 }
 
 // Desired returns what the packet filter must hold.
 //
 // Jumps and guests stand behind what others decide: a network policy, a drop that an administrator wants, kube-proxy's
-// own masquerading. Only a rule that takes every packet is overtaken, because behind it they would never be reached.
+// own masquerading. Only a rule that takes every packet is overtaken, because behind it they would never be reached. The
+// jumps to what drops stand first: it takes nothing that anybody could want.
 func (c Config) Desired() Ruleset {
 	r := Ruleset{
-		Tables: map[Table]bool{}, Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{}, Guests: map[Guest]uint64{},
+		Tables: map[Table]bool{}, Sets: map[Set]map[netip.Addr]bool{}, Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{},
+		Guests: map[Guest]uint64{},
 	}
 	for _, network := range c.Network.Prefixes() {
 		if c.Form == NFTables {
@@ -84,6 +91,7 @@ func (c Config) Desired() Ruleset {
 			c.addIPTables(&r, network)
 		}
 	}
+	c.addGuard(&r)
 	return r
 }
 

@@ -185,6 +185,8 @@ const (
 	Accept     Verdict = "ACCEPT"
 	Return     Verdict = "RETURN"
 	Masquerade Verdict = "MASQUERADE" // with a source port that cannot be foretold
+	Drop       Verdict = "DROP"
+	NoTrack    Verdict = "NOTRACK" // no connection is kept for it
 )
 
 // A PortRange is a range of ports, both ends included.
@@ -198,8 +200,15 @@ type Rule struct {
 	SrcIn, DstIn       Set
 	NotSrcIn, NotDstIn bool
 	Mark               uint32 // bits of the packet's mark, all of them set
-	UDP                bool
-	Verdict            Verdict
+	// In begins the name of the device that the packet arrived from.
+	In      string
+	UDP     bool
+	DstPort uint16 // of UDP; 0 for any
+	// Local matches packets to an address of this node, and Translated those whose destination was changed on the way.
+	Local, Translated bool
+	Verdict           Verdict
+	// Counts says what the packets that a rule drops are counted as. It is not in the packet filter.
+	Counts string
 	// Ports, of Masquerade, are those that the new source port is taken from.
 	Ports PortRange
 	// Unknown is the text of a rule that somebody else put into a chain of ours, in the packet filter's own words. The
@@ -209,87 +218,93 @@ type Rule struct {
 
 // Args returns r in iptables' words, in the order in which iptables -S prints them.
 func (r Rule) Args() []string {
-	var args []string
-	prefix := func(flag string, p netip.Prefix, not bool) {
-		if !p.IsValid() {
-			return
-		}
-		if not {
-			args = append(args, "!")
-		}
-		args = append(args, flag, p.String())
+	w := words{}
+	w.prefix("-s", r.Src, r.NotSrc)
+	w.prefix("-d", r.Dst, r.NotDst)
+	w.when(r.In != "", "-i", r.In+"+")
+	w.when(r.UDP, "-p", "udp")
+	w.when(r.DstPort != 0, "-m", "udp", "--dport", strconv.Itoa(int(r.DstPort)))
+	w.when(r.Mark != 0, "-m", "mark", "--mark", fmt.Sprintf("%#x/%#x", r.Mark, r.Mark))
+	w.when(r.Local, "-m", "addrtype", "--dst-type", "LOCAL")
+	w.when(r.Translated, "-m", "conntrack", "--ctstate", "DNAT")
+	w.matchSet(r.SrcIn, "src", r.NotSrcIn)
+	w.matchSet(r.DstIn, "dst", r.NotDstIn)
+	w.when(true, "-m", "comment", "--comment", Comment)
+	if r.Verdict == NoTrack {
+		return append(w, "-j", "CT", "--notrack")
 	}
-	prefix("-s", r.Src, r.NotSrc)
-	prefix("-d", r.Dst, r.NotDst)
-	if r.UDP {
-		args = append(args, "-p", "udp")
-	}
-	if r.Mark != 0 {
-		args = append(args, "-m", "mark", "--mark", fmt.Sprintf("%#x/%#x", r.Mark, r.Mark))
-	}
-	set := func(s Set, side string, not bool) {
-		if s == (Set{}) {
-			return
-		}
-		args = append(args, "-m", "set")
-		if not {
-			args = append(args, "!")
-		}
-		args = append(args, "--match-set", s.Name, side)
-	}
-	set(r.SrcIn, "src", r.NotSrcIn)
-	set(r.DstIn, "dst", r.NotDstIn)
-	args = append(args, "-m", "comment", "--comment", Comment, "-j", string(r.Verdict))
-	if r.Ports != (PortRange{}) {
-		args = append(args, "--to-ports", fmt.Sprintf("%d-%d", r.Ports.First, r.Ports.Last))
-	}
-	if r.Verdict == Masquerade {
-		args = append(args, "--random-fully")
-	}
-	return args
+	w.when(true, "-j", string(r.Verdict))
+	w.when(r.Ports != PortRange{}, "--to-ports", fmt.Sprintf("%d-%d", r.Ports.First, r.Ports.Last))
+	w.when(r.Verdict == Masquerade, "--random-fully")
+	return w
 }
 
 // Words returns r in the words of nft, as it is known in one family.
 func (r Rule) Words(family Family) []string {
-	var words []string
-	prefix := func(field string, p netip.Prefix, not bool) {
-		if !p.IsValid() {
-			return
-		}
-		words = append(words, family.NFT(), field)
-		if not {
-			words = append(words, "!=")
-		}
-		words = append(words, p.String())
+	w := words{}
+	w.when(r.Mark != 0, "meta", "mark", "and", fmt.Sprintf("%#x", r.Mark), "==", fmt.Sprintf("%#x", r.Mark))
+	w.when(r.In != "", "iifname", "'"+r.In+"*'") // quoted for the shell
+	w.compare(family, "saddr", text(r.Src), r.NotSrc)
+	w.compare(family, "daddr", text(r.Dst), r.NotDst)
+	w.when(r.UDP && r.DstPort == 0, "meta", "l4proto", "udp")
+	w.when(r.DstPort != 0, "udp", "dport", strconv.Itoa(int(r.DstPort)))
+	w.when(r.Local, "fib", "daddr", "type", "local")
+	w.when(r.Translated, "ct", "status", "dnat")
+	w.compare(family, "saddr", r.SrcIn.mention(), r.NotSrcIn)
+	w.compare(family, "daddr", r.DstIn.mention(), r.NotDstIn)
+	w.when(r.Verdict == Drop, "counter")
+	w.when(true, strings.ToLower(string(r.Verdict)))
+	w.when(r.Ports != PortRange{}, "to", fmt.Sprintf(":%d-%d", r.Ports.First, r.Ports.Last))
+	w.when(r.Verdict == Masquerade, "fully-random")
+	return append(w, "comment", Comment)
+}
+
+// words are those of a rule while it is put into words.
+type words []string
+
+func (w *words) when(so bool, more ...string) {
+	if so {
+		*w = append(*w, more...)
 	}
-	if r.Mark != 0 {
-		words = append(words, "meta", "mark", "and", fmt.Sprintf("%#x", r.Mark), "==", fmt.Sprintf("%#x", r.Mark))
+}
+
+func (w *words) prefix(flag string, p netip.Prefix, not bool) {
+	if p.IsValid() {
+		w.when(not, "!")
+		w.when(true, flag, p.String())
 	}
-	prefix("saddr", r.Src, r.NotSrc)
-	prefix("daddr", r.Dst, r.NotDst)
-	if r.UDP {
-		words = append(words, "meta", "l4proto", "udp")
+}
+
+func (w *words) matchSet(s Set, side string, not bool) {
+	if s != (Set{}) {
+		w.when(true, "-m", "set")
+		w.when(not, "!")
+		w.when(true, "--match-set", s.Name, side)
 	}
-	set := func(field string, s Set, not bool) {
-		if s == (Set{}) {
-			return
-		}
-		words = append(words, family.NFT(), field)
-		if not {
-			words = append(words, "!=")
-		}
-		words = append(words, "@"+s.Name)
+}
+
+// compare compares a field of the IP header, if there is something to compare it with.
+func (w *words) compare(family Family, field, with string, not bool) {
+	if with != "" {
+		w.when(true, family.NFT(), field)
+		w.when(not, "!=")
+		w.when(true, with)
 	}
-	set("saddr", r.SrcIn, r.NotSrcIn)
-	set("daddr", r.DstIn, r.NotDstIn)
-	words = append(words, strings.ToLower(string(r.Verdict)))
-	if r.Ports != (PortRange{}) {
-		words = append(words, "to", fmt.Sprintf(":%d-%d", r.Ports.First, r.Ports.Last))
+}
+
+func text(p netip.Prefix) string {
+	if !p.IsValid() {
+		return ""
 	}
-	if r.Verdict == Masquerade {
-		words = append(words, "fully-random")
+	return p.String()
+}
+
+// mention is how a rule of nft names s.
+func (s Set) mention() string {
+	if s == (Set{}) {
+		return ""
 	}
-	return append(words, "comment", Comment)
+	return "@" + s.Name
 }
 
 // An Entry is a Rule in its place.
@@ -357,8 +372,9 @@ func (j Jump) nft(do backend.Verb) string {
 	if do == backend.Delete {
 		return fmt.Sprintf("nft 'flush chain %s ; delete chain %s'", from, from)
 	}
-	return fmt.Sprintf("nft 'add chain %s { type nat hook %s priority %d ; } ; flush chain %s ; "+
-		"add rule %s jump %s comment %s'", from, j.From, NatPriority, from, from, j.Chain.Name, Comment)
+	hook := HookOf(j.From)
+	return fmt.Sprintf("nft 'add chain %s { type %s hook %s priority %d ; } ; flush chain %s ; add rule %s jump %s "+
+		"comment %s'", from, hook.Type, hook.Name, hook.Priority, from, from, j.Chain.Name, Comment)
 }
 
 // Command implements backend.Object.

@@ -17,7 +17,7 @@ type inNamespaces struct{ m *testing.M }
 func (i inNamespaces) Run() int { return netnstest.Run(i.m.Run) }
 
 func TestMain(m *testing.M) {
-	testscript.Main(inNamespaces{m}, map[string]func(){"tweed": main})
+	testscript.Main(inNamespaces{m}, map[string]func(){"tweed": main, "forge": forge})
 }
 
 // TestScripts runs testdata/*.txtar. Each script has a node of its own: a network namespace with nothing but lo.
