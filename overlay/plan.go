@@ -278,6 +278,7 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 	)
 	d.filter = masq.Config{
 		Form: p.Config.PacketFilter, Network: p.Config.Network, Subnets: served, Port: w.port,
+		Device: w.device, Own: w.own(in.uplink, reach), Near: near(peers, reach),
 		NonMasquerade: p.Config.NonMasquerade, Guard: p.Config.Backend.Guard, AcceptPeers: p.Config.Backend.AcceptPeers,
 		Underlay: masq.FamilyOf(in.uplink.Local), Peers: endpoints(peers),
 	}.Desired()
