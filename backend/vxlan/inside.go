@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/subnet"
 )
 
 // Inside says of which families a node's published address takes part in the overlay: pods and other nodes send to it
@@ -24,7 +25,7 @@ const (
 func (i Inside) Known() bool { return i&insideKnown != 0 }
 
 // Has reports whether the node's address of the family of a is inside.
-func (i Inside) Has(a netip.Addr) bool { return i&insideFamily(a) != 0 }
+func (i Inside) Has(a netip.Addr) bool { return a.IsValid() && i&insideFamily(a) != 0 }
 
 func insideFamily(a netip.Addr) Inside {
 	if a.Is4() {
@@ -97,15 +98,50 @@ func (c Config) inside() Inside {
 	return i
 }
 
-// held is this node's own address of the family of a, if it is inside.
-func (c Config) held(a netip.Addr) (own netip.Addr, ok bool) {
+// held is this node's own address of the family of a, if it is inside; else it is invalid.
+func (c Config) held(a netip.Addr) netip.Addr {
 	for _, h := range c.Held {
 		if h.Is4() == a.Is4() {
-			return h, true
+			return h
 		}
 	}
-	return netip.Addr{}, false
+	return netip.Addr{}
 }
+
+// own adds to s the addresses that this node has in the tunnel, and the rules by which its pods' packets find nodes
+// there. As long as there is an old peer, packets that another program masquerades must have an address that it answers
+// through the tunnel.
+func (c Config) own(s backend.State, self []subnet.Lease, old bool) {
+	dev := DeviceName(c.VNI)
+	for _, l := range self {
+		a := ownAddr(dev, l.Subnet.Addr())
+		if held := c.held(l.Subnet.Addr()); held.IsValid() && !old {
+			a = heldAddr(dev, held)
+		}
+		s.Addrs[a.AddrKey] = a
+		rule := nodesRule(l.Subnet)
+		s.Rules[rule.RuleKey] = rule
+	}
+}
+
+// source is the preferred source of packets to the pods of a peer. Where none is given the kernel takes the address of
+// the device. While that is one of the subnet, this node is known inside by another: a server that is asked there by UDP
+// would answer with an address that nobody asked.
+func (c Config) source(p peer, old bool) netip.Addr {
+	if !old || !p.Inside.Known() {
+		return netip.Addr{}
+	}
+	return c.held(p.Subnet.Addr())
+}
+
+// heldAddr puts the node's own address on the device as well, so that its packets into the tunnel have it, those too that
+// another program masquerades: the kernel then takes the address of the device that a packet leaves by.
+func heldAddr(dev string, a netip.Addr) backend.Addr {
+	key := backend.AddrKey{Dev: dev, Prefix: single(a)}
+	return backend.Addr{AddrKey: key, NoDAD: a.Is6(), NoPrefixRoute: a.Is6()}
+}
+
+func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // rulePriority is the place of our rules among others: behind what is local to the host (0), in front of the main table
 // (32766).

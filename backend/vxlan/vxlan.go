@@ -8,8 +8,8 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
-	"time"
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/subnet"
@@ -104,15 +104,23 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 	}
 	// A host that does not forward IPv6 believes router advertisements, and one could come out of the tunnel.
 	set(s, "net/ipv6/conf/"+dev+"/accept_ra", "0")
-	old := c.reach(s, peers, up)
-	for _, l := range self {
-		a := ownAddr(dev, l.Subnet.Addr())
-		if held, ok := c.held(l.Subnet.Addr()); ok && !old {
-			a = heldAddr(dev, held)
+	others := c.peers(peers, up)
+	old := slices.ContainsFunc(others, isOld)
+	c.own(s, self, old)
+	nodes := map[netip.Addr]subnet.Lease{} // by their addresses
+	for _, p := range others {
+		route := p.reach(s, dev, c.source(p, old))
+		if p.direct || !p.Inside.Has(p.NodeAddr()) {
+			continue
 		}
-		s.Addrs[a.AddrKey] = a
-		rule := nodesRule(l.Subnet)
-		s.Rules[rule.RuleKey] = rule
+		// Of two nodes that publish one address the older is believed, as with a subnet.
+		if other, taken := nodes[p.NodeAddr()]; taken && !p.Since.Before(other.Since) {
+			continue
+		}
+		nodes[p.NodeAddr()] = p.Lease
+		route.Src = netip.Addr{}
+		route.RouteKey = backend.RouteKey{Table: backend.NodesTable, Dst: single(p.NodeAddr())}
+		s.Routes[route.RouteKey] = route
 	}
 	// So that the check of where a packet comes from (rp_filter) goes by the mark too. It is for IPv4 alone.
 	set(s, "net/ipv4/conf/"+dev+"/src_valid_mark", "1")
@@ -133,13 +141,6 @@ func (c Config) link(dev string, up backend.Uplink) backend.Link {
 	return backend.Link{Name: dev, Type: backend.KindVXLAN, MAC: MAC(c.Node), MTU: c.DeviceMTU(up), Up: true, VXLAN: v}
 }
 
-// heldAddr puts the node's own address on the device as well, so that its packets into the tunnel have it, those too that
-// another program masquerades: the kernel then takes the address of the device that a packet leaves by.
-func heldAddr(dev string, a netip.Addr) backend.Addr {
-	key := backend.AddrKey{Dev: dev, Prefix: netip.PrefixFrom(a, a.BitLen())}
-	return backend.Addr{AddrKey: key, NoDAD: a.Is6(), NoPrefixRoute: a.Is6()}
-}
-
 // ownAddr is the address that the node's packets into the tunnel have where its own is not inside. In IPv4 it is the
 // subnet's first, which is the gateway that peers route to. In IPv6 the first is an anycast address of every router on the subnet (RFC 4291,
 // section 2.6.1) and the second the bridge's, so it is the third.
@@ -151,54 +152,48 @@ func ownAddr(dev string, first netip.Addr) backend.Addr {
 	return backend.Addr{AddrKey: backend.AddrKey{Dev: dev, Prefix: netip.PrefixFrom(third, 128)}, NoDAD: true}
 }
 
-// reach adds to s what leads to peers, and reports whether one behind the tunnel is of an older version: its pods answer
-// this node's own address past the tunnel.
-func (c Config) reach(s backend.State, peers []subnet.Lease, up backend.Uplink) (old bool) {
-	dev := DeviceName(c.VNI)
-	since := map[netip.Addr]time.Time{} // of who has the route to a node's address
-	for _, l := range peers {
+// A peer is a lease of another node, and what leads to its pods.
+type peer struct {
+	subnet.Lease
+	Data
+	route  backend.Route
+	direct bool // it has a plain route
+}
+
+// peers reads leases, and finds the ways to them.
+func (c Config) peers(leases []subnet.Lease, up backend.Uplink) []peer {
+	all := make([]peer, 0, len(leases))
+	for _, l := range leases {
 		d, err := c.parse(l.Data)
 		if err != nil {
 			continue
 		}
-		route := reach(s, dev, l, d.MAC, up.Segment)
-		if route.Dev != dev {
-			continue
-		}
-		old = old || !d.Inside.Known()
-		node := l.NodeAddr()
-		if !node.IsValid() || !d.Inside.Has(node) {
-			continue
-		}
-		// Two nodes that publish one address: the older is believed, as with a subnet.
-		if other, taken := since[node]; taken && !l.Since.Before(other) {
-			continue
-		}
-		since[node] = l.Since
-		route.RouteKey = backend.RouteKey{Table: backend.NodesTable, Dst: netip.PrefixFrom(node, node.BitLen())}
-		s.Routes[route.RouteKey] = route
+		p := peer{Lease: l, Data: d}
+		p.route, p.direct = up.Segment.Route(l)
+		all = append(all, p)
 	}
-	return old
+	return all
 }
 
-// reach adds to s what leads to one lease of a peer, and returns the route.
-func reach(
-	s backend.State, dev string, l subnet.Lease, mac backend.MAC, segment backend.Segment,
-) backend.Route {
-	fdb := backend.FDBKey{Dev: dev, MAC: mac}
-	s.FDB[fdb] = backend.FDBEntry{FDBKey: fdb, Dst: l.Host, Peer: l.Node}
+// isOld reports whether a peer behind the tunnel is of an older version, whose pods would answer the address of a node
+// past the tunnel.
+func isOld(p peer) bool { return !p.direct && !p.Inside.Known() }
 
+// reach adds to s what leads to the pods of a peer, with a preferred source if that is valid, and returns the route.
+func (p peer) reach(s backend.State, dev string, src netip.Addr) backend.Route {
+	fdb := backend.FDBKey{Dev: dev, MAC: p.MAC}
+	s.FDB[fdb] = backend.FDBEntry{FDBKey: fdb, Dst: p.Host, Peer: p.Node}
 	// IPv6 goes by the VTEP's link-local address, which is on the link without a word: replacing a route fails with
 	// EINVAL where it has onlink and a route to the gateway exists on another device.
-	gateway, onlink := mac.LinkLocal(), false
-	if l.Subnet.Addr().Is4() {
-		gateway, onlink = l.Subnet.Addr(), true
+	gateway, onlink := p.MAC.LinkLocal(), false
+	if p.Subnet.Addr().Is4() {
+		gateway, onlink = p.Subnet.Addr(), true
 	}
 	neigh := backend.NeighKey{Dev: dev, Addr: gateway}
-	s.Neighs[neigh] = backend.Neigh{NeighKey: neigh, MAC: mac, Peer: l.Node}
-	route, direct := segment.Route(l)
-	if !direct {
-		route.Dev, route.Via, route.Onlink = dev, gateway, onlink
+	s.Neighs[neigh] = backend.Neigh{NeighKey: neigh, MAC: p.MAC, Peer: p.Node}
+	route := p.route
+	if !p.direct {
+		route.Dev, route.Via, route.Onlink, route.Src = dev, gateway, onlink, src
 	}
 	s.Routes[route.RouteKey] = route
 	return route
