@@ -14,7 +14,8 @@ import (
 
 // Diff returns the operations that lead from have to want, in an order that the kernel accepts: first what goes, from
 // rules down to links, then what comes or changes, from links up to rules. It counts in what the kernel itself takes
-// away on the way, such as everything that hung on a link that is replaced, and plans it again.
+// away on the way, such as everything that hung on a link that is replaced, and plans it again. An address that another
+// of its family takes over from on the same link goes last of all: with a link's last one the kernel takes its routes.
 //
 // What a stranger stands in the way of is not planned, nor anything that hangs on a link that a stranger's name or
 // identifiers keep from being; each stranger makes one Problem, of the peer that the object was for, or with no Node
@@ -33,7 +34,8 @@ func Diff(want State, have Observed) (ops []Op, problems []subnet.Problem) {
 	d.sysctls(want.Sysctls, have.Sysctls)
 	d.ports(want.Ports, have.Ports)
 	slices.SortFunc(d.ops, order)
-	return d.ops, d.problems
+	slices.SortFunc(d.last, order)
+	return append(d.ops, d.last...), d.problems
 }
 
 func equal[V comparable](a, b V) bool { return a == b }
@@ -41,6 +43,7 @@ func equal[V comparable](a, b V) bool { return a == b }
 // A differ is one Diff under way.
 type differ struct {
 	ops      []Op
+	last     []Op // come after ops
 	problems []subnet.Problem
 
 	// taken are the keys, and blocked the links, that a stranger keeps us from.
@@ -53,10 +56,17 @@ type differ struct {
 	renamed map[string]bool     // links with another MAC: with neighbours
 	bare4   map[string]bool     // links without their last IPv4 address: with IPv4 routes and neighbours
 	sources map[netip.Addr]bool // addresses that are not this host's any more: with IPv4 routes from them
+	// relieved are the addresses that go only when others are there.
+	relieved map[AddrKey]bool
 }
 
 func (d *differ) plan(do Verb, what, was Object) {
-	d.ops = append(d.ops, Op{Do: do, What: what, Was: was, Peer: peer(what)})
+	op := Op{Do: do, What: what, Was: was, Peer: peer(what)}
+	if a, ok := what.(Addr); ok && do == Delete && d.relieved[a.AddrKey] {
+		d.last = append(d.last, op)
+		return
+	}
+	d.ops = append(d.ops, op)
 }
 
 // heed notes the strangers in the way of want.
@@ -139,9 +149,10 @@ func (l Link) replaces(was Link) bool {
 // addresses notes what the kernel takes away with addresses that go.
 func (d *differ) addresses(want, have map[AddrKey]Addr) {
 	d.bare4, d.sources = map[string]bool{}, map[netip.Addr]bool{}
+	d.relieve(want, have)
 	stay4, stay := map[string]bool{}, map[netip.Addr]bool{}
 	for k, h := range have {
-		goes := want[k] != h && !d.blocked[k.Dev] && !d.taken[k]
+		goes := want[k] != h && !d.blocked[k.Dev] && !d.taken[k] && !d.relieved[k]
 		switch {
 		case goes && k.Prefix.Addr().Is4():
 			d.bare4[k.Dev] = true
@@ -160,6 +171,24 @@ func (d *differ) addresses(want, have map[AddrKey]Addr) {
 	}
 	for a := range stay {
 		delete(d.sources, a)
+	}
+}
+
+// relieve finds the addresses that are not wanted any more while another of their family is, on the same link. One that
+// is wanted with another prefix length is not among them: the kernel refuses an IPv6 address that is there already.
+func (d *differ) relieve(want, have map[AddrKey]Addr) {
+	d.relieved = map[AddrKey]bool{}
+	for k, h := range have {
+		if _, wanted := want[k]; wanted || d.gone[k.Dev] || d.blocked[k.Dev] || d.loses(h) {
+			continue
+		}
+		other, same := false, false
+		for w := range want {
+			if w.Dev == k.Dev && w.Prefix.Addr().Is4() == k.Prefix.Addr().Is4() && !d.taken[w] {
+				other, same = true, same || w.Prefix.Addr() == k.Prefix.Addr()
+			}
+		}
+		d.relieved[k] = other && !same
 	}
 }
 
@@ -364,7 +393,7 @@ func inStage(a, b Object) int {
 	case Rule:
 		b := b.(Rule)
 		return cmp.Or(cmp.Compare(a.Priority, b.Priority), a.From.Compare(b.From), a.To.Compare(b.To),
-			cmp.Compare(a.Table, b.Table))
+			cmp.Compare(a.Mark, b.Mark), cmp.Compare(a.Table, b.Table))
 	case Port:
 		return strings.Compare(a.Name, b.(Port).Name)
 	}

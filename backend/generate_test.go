@@ -56,6 +56,7 @@ func newDrawn(t *rapid.T) drawn {
 		key := backend.RuleKey{
 			Priority: rapid.IntRange(500, 501).Draw(t, "priority"),
 			From:     rapid.SampledFrom(append(prefixes("10.244.%d.0/24"), netip.MustParsePrefix("0.0.0.0/0"))).Draw(t, "from"),
+			Mark:     rapid.SampledFrom([]uint32{0, 0x1000}).Draw(t, "mark"),
 			Table:    100,
 		}
 		s.Rules[key] = backend.Rule{RuleKey: key}

@@ -279,8 +279,20 @@ func drawStrangers(t *rapid.T, f *kernel.Fake, want backend.State) (blocked map[
 	}
 	for _, r := range sorted(want.Rules) {
 		if _, ours := own.Rules[r.RuleKey]; !ours && rapid.Bool().Draw(t, "stranger rule") {
-			taken[r.RuleKey] = true
 			f.AddStranger(r)
+		}
+	}
+	// Whoever else uses a table, all of our rules that lead there are kept back.
+	others := f.Strangers()
+	for key := range want.Rules {
+		for other := range others.Rules {
+			taken[key] = taken[key] || other.Table == key.Table
+		}
+		for other := range others.Routes {
+			taken[key] = taken[key] || other.Table == key.Table && other.Dst.Addr().Is4() == key.From.Addr().Is4()
+		}
+		if !taken[key] {
+			delete(taken, key)
 		}
 	}
 	return blocked, taken

@@ -65,9 +65,7 @@ func holds(a, b netip.Prefix) bool { return a.Bits() <= b.Bits() && a.Contains(b
 // publishes reports whether the address of the family of a that u publishes is this host's.
 func (u Uplink) publishes(ifaces []Interface, a netip.Addr) bool {
 	here := func(published netip.Addr) bool {
-		return slices.ContainsFunc(ifaces, func(i Interface) bool {
-			return slices.ContainsFunc(i.Addrs, func(p netip.Prefix) bool { return p.Addr() == published })
-		})
+		return Holder(ifaces, published) != ""
 	}
 	return slices.ContainsFunc(u.Addrs, func(p netip.Addr) bool { return p.Is4() == a.Is4() && here(p) })
 }

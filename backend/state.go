@@ -128,6 +128,14 @@ type FDBEntry struct {
 // MainTable is the routing table that every packet is looked up in (RT_TABLE_MAIN).
 const MainTable = 254
 
+// NodesTable is the routing table in which the packets of this node's pods to other nodes' own addresses are looked up
+// first.
+const NodesTable = Owner
+
+// PodMark is the bit by which packets are marked that come from pods here, or are for them, unless they answer what came
+// to a node's own port.
+const PodMark = 0x1000
+
 // RouteKey tells routes apart. The address family is the destination's.
 type RouteKey struct {
 	Table  int // mostly MainTable
@@ -150,6 +158,7 @@ type Route struct {
 type RuleKey struct {
 	Priority int
 	From, To netip.Prefix
+	Mark     uint32 // bits of the packet's mark, all of them set; 0 for any mark
 	Table    int
 }
 

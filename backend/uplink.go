@@ -1,6 +1,9 @@
 package backend
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // An Uplink is where packets for other nodes leave this host.
 type Uplink struct {
@@ -11,6 +14,8 @@ type Uplink struct {
 	// Addrs are the addresses that this node publishes: Local, or what stands for it where there is a NAT in front;
 	// then, if any, one of the other family.
 	Addrs []netip.Addr
+	// Held are those of Addrs that are this host's, by an interface that is not of ours.
+	Held []netip.Addr
 	// MTU is the smallest of the interfaces', in bytes.
 	MTU int
 	// Routed is set where Local is on a Stub, Holder, so that routing has to choose among Devs for each packet.
@@ -45,6 +50,16 @@ type Interface struct {
 	// Ways are the routes that leave here without a router, and those with one that lead into the network of an address
 	// of this host.
 	Ways []Way
+}
+
+// Holder names the first interface that holds an address and is not of ours; "" where there is none.
+func Holder(ifaces []Interface, a netip.Addr) string {
+	for _, i := range ifaces {
+		if !i.Ours && slices.ContainsFunc(i.Addrs, func(p netip.Prefix) bool { return p.Addr() == a }) {
+			return i.Name
+		}
+	}
+	return ""
 }
 
 // A Path is how a packet leaves this host. The zero Path is none.

@@ -261,6 +261,11 @@ func (p *Planner) inputs(ctx context.Context, list subnet.List) (in inputs, stal
 		}
 		in.node, in.uplink = p.last.node, p.last.uplink
 	}
+	// An uplink that has lost its address stays in force, but the copy of it on our device must not keep it alive: the host
+	// would go on to answer for it.
+	in.uplink.Held = slices.DeleteFunc(slices.Clone(in.uplink.Addrs), func(a netip.Addr) bool {
+		return backend.Holder(ifaces, a) == ""
+	})
 	in.generation, in.config = list.Generation, p.Config
 	if slices.ContainsFunc(in.node.Subnets, is6) {
 		if in.advertised, err = p.Kernel.RouterAdvertised(ctx); err != nil {
@@ -335,6 +340,7 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 	)
 	d.filter = masq.Config{
 		Form: p.Config.PacketFilter, Network: p.Config.Network, Subnets: served, Port: w.port,
+		Device: w.device, Own: w.own(in.uplink, reach), Near: near(peers, reach),
 		NonMasquerade: p.Config.NonMasquerade, Guard: p.Config.Backend.Guard, AcceptPeers: p.Config.Backend.AcceptPeers,
 		Underlay: masq.FamilyOf(in.uplink.Local), Peers: endpoints(peers),
 	}.Desired()

@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -151,19 +152,23 @@ func TestAnnotationChangesWhatIsPublished(t *testing.T) {
 	if host() != "192.0.2.11" {
 		t.Fatalf("published %s", host())
 	}
-	before := len(n.kern.Ops())
+	before := n.state(t)
 	n.cluster.with(func(c *cluster) { c.self.HostOverride = netip.MustParseAddr("198.51.100.9") })
 	n.step(t)
 	if host() != "198.51.100.9" {
 		t.Errorf("published %s after the annotation was set", host())
+	}
+	// What is not its own address it has nowhere, and in the tunnel it has one of its subnet.
+	if addrs := fmt.Sprint(n.state(t).Addrs); strings.Contains(addrs, "198.51.100.9") || !strings.Contains(addrs, "10.244.1.0") {
+		t.Errorf("with an address of a NAT published it has %s", addrs)
 	}
 	n.cluster.with(func(c *cluster) { c.self.HostOverride = netip.Addr{} })
 	n.step(t)
 	if host() != "192.0.2.11" {
 		t.Errorf("published %s after the annotation went", host())
 	}
-	if ops := n.kern.Ops()[before:]; len(ops) > 0 {
-		t.Errorf("the kernel was changed: %v", ops)
+	if after := n.state(t); !before.Equal(after) {
+		t.Errorf("the kernel held %v and holds %v", before, after)
 	}
 }
 

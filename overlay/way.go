@@ -3,6 +3,7 @@ package overlay
 import (
 	"encoding/json"
 	"net/netip"
+	"slices"
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/hostgw"
@@ -35,7 +36,7 @@ func (c Config) way(node string, up backend.Uplink) way {
 	}
 	vx := vxlan.Config{
 		Node: node, VNI: b.VNI, Port: b.Port, MTU: b.MTU, NoTxChecksum: b.ChecksumOffload == "off",
-		Underlay: family(up.Local),
+		Underlay: family(up.Local), Held: up.Held,
 	}
 	return way{
 		backend: vxlan.Name, data: vx.Data(), judge: vx.Judge, device: vxlan.DeviceName(vx.VNI), mtu: vx.DeviceMTU(up),
@@ -44,6 +45,26 @@ func (c Config) way(node string, up backend.Uplink) way {
 			return vx.Desired(self, peers, up), nil
 		},
 	}
+}
+
+// own are the addresses of this node that other nodes' pods answer to the way they were asked: by the tunnel, that is,
+// where state has them there.
+func (w way) own(up backend.Uplink, state backend.State) []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(up.Held), func(a netip.Addr) bool {
+		_, there := state.Addrs[backend.AddrKey{Dev: w.device, Prefix: netip.PrefixFrom(a, a.BitLen())}]
+		return w.device != "" && !there
+	})
+}
+
+// near are the addresses of nodes that state leads to without a tunnel, and which so send to pods here.
+func near(peers []subnet.Lease, state backend.State) (nodes []netip.Addr) {
+	for _, l := range peers {
+		r := state.Routes[backend.RouteKey{Table: backend.MainTable, Dst: l.Subnet}]
+		if r.Via.IsValid() && r.Via == l.NodeAddr() {
+			nodes = append(nodes, r.Via)
+		}
+	}
+	return nodes
 }
 
 // direct reports whether it matters which nodes are reached without a router.

@@ -68,7 +68,8 @@ const (
 	tunnel4, tunnel6 = "tweed.1 via 10.244.2.0", "tweed.1 via fe80::"
 )
 
-// Each change is followed in one pass, by one operation for each family that it is for.
+// Each change is followed in one pass, by one operation for each family that it is for, and those on the packet filter: a
+// node that is near comes into a set there (with a rule that names it, three operations; to take both away, two).
 func TestPeerMovesBetweenSegmentAndTunnel(t *testing.T) {
 	n := dual(t, BackendConfig{Type: "vxlan", DirectRouting: true})
 	n.cluster.set(n.at("n2", "2", "192.0.2.12", "2001:db8::12")...)
@@ -85,21 +86,21 @@ func TestPeerMovesBetweenSegmentAndTunnel(t *testing.T) {
 	}{
 		{"another address, elsewhere", func() {
 			n.cluster.set(n.at("n2", "2", "198.51.100.12", "2001:db8:1::12")...)
-		}, tunnel4, tunnel6, 3}, // the FDB entry
-		{"back", func() { n.cluster.set(n.at("n2", "2", "192.0.2.12", "2001:db8::12")...) }, plain4, plain6, 3},
-		{"it publishes no IPv6 address", func() { n.cluster.set(n.at("n2", "2", "192.0.2.12")...) }, plain4, tunnel6, 1},
+		}, tunnel4, tunnel6, 3 + 2*2}, // the FDB entry
+		{"back", func() { n.cluster.set(n.at("n2", "2", "192.0.2.12", "2001:db8::12")...) }, plain4, plain6, 3 + 2*3},
+		{"it publishes no IPv6 address", func() { n.cluster.set(n.at("n2", "2", "192.0.2.12")...) }, plain4, tunnel6, 1 + 2},
 		{"its IPv6 address is elsewhere", func() {
 			n.cluster.set(n.at("n2", "2", "192.0.2.12", "2001:db8:1::12")...)
 		}, plain4, tunnel6, 0},
-		{"both families", func() { n.cluster.set(n.at("n2", "2", "192.0.2.12", "2001:db8::12")...) }, plain4, plain6, 1},
+		{"both families", func() { n.cluster.set(n.at("n2", "2", "192.0.2.12", "2001:db8::12")...) }, plain4, plain6, 1 + 3},
 		{"the uplink's prefix is longer", func() { n.kern.SetInterface(on("192.0.2.11/32", "2001:db8::11/64")) },
-			tunnel4, plain6, 1},
-		{"it is as before", func() { n.kern.SetInterface(on("192.0.2.11/24", "2001:db8::11/64")) }, plain4, plain6, 1},
-		{"a router stands between", func() { n.kern.AddStranger(router) }, tunnel4, plain6, 1},
-		{"it is gone", func() { n.kern.RemoveStranger(router) }, plain4, plain6, 1},
+			tunnel4, plain6, 1 + 2},
+		{"it is as before", func() { n.kern.SetInterface(on("192.0.2.11/24", "2001:db8::11/64")) }, plain4, plain6, 1 + 3},
+		{"a router stands between", func() { n.kern.AddStranger(router) }, tunnel4, plain6, 1 + 2},
+		{"it is gone", func() { n.kern.RemoveStranger(router) }, plain4, plain6, 1 + 3},
 		{"what this node publishes is a NAT's", func() {
 			n.cluster.with(func(c *cluster) { c.self.HostOverride = netip.MustParseAddr("198.51.100.1") })
-		}, tunnel4, plain6, 1},
+		}, tunnel4, plain6, 1 + 2 + 3}, // its own address leaves the tunnel, and is masqueraded there
 	} {
 		c.change()
 		rep := n.step(t)

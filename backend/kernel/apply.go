@@ -203,6 +203,10 @@ func (k *Kernel) applyRule(do backend.Verb, r backend.Rule) error {
 	m[7] = unix.FR_ACT_TO_TBL
 	m.u32(unix.FRA_PRIORITY, uint32(r.Priority))
 	m.u32(unix.FRA_TABLE, uint32(r.Table))
+	if r.Mark != 0 {
+		m.u32(unix.FRA_FWMARK, r.Mark)
+		m.u32(unix.FRA_FWMASK, r.Mark)
+	}
 	m.u8(unix.FRA_PROTOCOL, backend.Owner)
 	if do == backend.Delete {
 		return k.conn.do(unix.RTM_DELRULE, 0, m)

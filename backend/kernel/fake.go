@@ -105,8 +105,15 @@ func (f *Fake) strangers(want backend.State) []backend.Stranger {
 		}
 	}
 	for key := range want.Rules {
-		if _, there := f.others.Rules[key]; there {
-			note(key, "a rule with priority %d exists and is not ours; delete it", key.Priority)
+		for other := range f.others.Rules {
+			if other.Table == key.Table && key.Table != backend.MainTable && ruleFamily(other) == ruleFamily(key) {
+				note(key, "a rule with priority %d leads to table %d and is not ours; delete it", other.Priority, other.Table)
+			}
+		}
+		for other := range f.others.Routes {
+			if other.Table == key.Table && key.Table != backend.MainTable && family(other.Dst.Addr()) == ruleFamily(key) {
+				note(key, "a route to %s is in table %d and is not ours; delete it", other.Dst, other.Table)
+			}
 		}
 	}
 	return found

@@ -27,6 +27,7 @@ const (
 	nftaQuotaConsumed = 4 // NFTA_QUOTA_CONSUMED
 	sizeofNfgenmsg    = 4
 	ipsDstNAT         = 1 << 5 // IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h
+	ipCTDirReply      = 1      // IP_CT_DIR_REPLY of linux/netfilter/nf_conntrack_tuple_common.h
 	commentUdata      = 0      // NFTNL_UDATA_RULE_COMMENT of libnftnl/udata.h, which iptables and nft read
 )
 
@@ -123,6 +124,9 @@ func exprs(family masq.Family, r masq.Rule) []nftExpr {
 	if r.In != "" {
 		all = append(all, loadMeta(unix.NFT_META_IIFNAME), compare([]byte(r.In), false))
 	}
+	if r.Out != "" {
+		all = append(all, loadMeta(unix.NFT_META_OIFNAME), compare(append([]byte(r.Out), make([]byte, unix.IFNAMSIZ-len(r.Out))...), false))
+	}
 	src, dst := uint32(12), uint32(16) // offsets in struct iphdr
 	if family == masq.IPv6 {
 		src, dst = 8, 24 // in struct ipv6hdr
@@ -149,6 +153,8 @@ func verdictOf(r masq.Rule) []nftExpr {
 		return []nftExpr{{name: "counter"}, verdict(nfDrop, "")}
 	case masq.NoTrack:
 		return []nftExpr{{name: "notrack"}}
+	case masq.SetMark:
+		return setMark(r.Bits)
 	}
 	return nil
 }
@@ -175,13 +181,30 @@ func matchWay(r masq.Rule) (all []nftExpr) {
 		all = append(all, nftExpr{"fib", m}, compare(binary.NativeEndian.AppendUint32(nil, unix.RTN_LOCAL), false))
 	}
 	if r.Translated {
-		var m message
-		m.be32(unix.NFTA_CT_DREG, unix.NFT_REG_1)
-		m.be32(unix.NFTA_CT_KEY, unix.NFT_CT_STATUS)
-		all = append(all, nftExpr{"ct", m}, mask(binary.NativeEndian.AppendUint32(nil, ipsDstNAT)),
+		all = append(all, loadCT(unix.NFT_CT_STATUS), mask(binary.NativeEndian.AppendUint32(nil, ipsDstNAT)),
 			compare(make([]byte, 4), true))
 	}
+	if r.Answers {
+		all = append(all, loadCT(unix.NFT_CT_DIRECTION), compare([]byte{ipCTDirReply}, false))
+	}
 	return all
+}
+
+// loadCT reads what is known of the packet's connection.
+func loadCT(key uint32) nftExpr {
+	var m message
+	m.be32(unix.NFTA_CT_DREG, unix.NFT_REG_1)
+	m.be32(unix.NFTA_CT_KEY, key)
+	return nftExpr{"ct", m}
+}
+
+// setMark leaves all other bits of the mark as they are.
+func setMark(bits uint32) []nftExpr {
+	var m message
+	m.be32(unix.NFTA_META_KEY, unix.NFT_META_MARK)
+	m.be32(unix.NFTA_META_SREG, unix.NFT_REG_1)
+	native := func(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+	return []nftExpr{loadMeta(unix.NFT_META_MARK), bitwise(native(^bits), native(bits)), {"meta", m}}
 }
 
 func loadMeta(key uint32) nftExpr {
@@ -191,13 +214,16 @@ func loadMeta(key uint32) nftExpr {
 	return nftExpr{"meta", m}
 }
 
-func mask(bits []byte) nftExpr {
+func mask(bits []byte) nftExpr { return bitwise(bits, make([]byte, len(bits))) }
+
+// bitwise keeps the bits of a mask, and turns those of xor over.
+func bitwise(bits, xor []byte) nftExpr {
 	var m message
 	m.be32(unix.NFTA_BITWISE_SREG, unix.NFT_REG_1)
 	m.be32(unix.NFTA_BITWISE_DREG, unix.NFT_REG_1)
 	m.be32(unix.NFTA_BITWISE_LEN, uint32(len(bits)))
 	m.nest(unix.NFTA_BITWISE_MASK, value(bits))
-	m.nest(unix.NFTA_BITWISE_XOR, value(make([]byte, len(bits))))
+	m.nest(unix.NFTA_BITWISE_XOR, value(xor))
 	return nftExpr{"bitwise", m}
 }
 

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -16,7 +17,10 @@ import (
 // Observe reads what this host holds of ours, and what is not ours but stands where something in want should. Of
 // sysctls it reads those in want. What the kernel cannot tell or do it reports as wanted.
 func (k *Kernel) Observe(ctx context.Context, want backend.State) (backend.Observed, error) {
-	s := survey{Kernel: k, ctx: ctx, want: want, names: map[int]string{}, ours: map[int]link{}, inWay: map[any]bool{}}
+	s := survey{
+		Kernel: k, ctx: ctx, want: want, names: map[int]string{}, ours: map[int]link{}, inWay: map[any]bool{},
+		alien: map[fib]*route{},
+	}
 	for _, look := range []func() error{
 		s.lookAtLinks, s.lookAtAddrs, s.lookAtNeighs, s.lookAtRoutes, s.lookAtRules, s.lookAtSysctls,
 		s.lookAtPorts,
@@ -47,6 +51,15 @@ type survey struct {
 	neighsSeen seen[backend.NeighKey, backend.Neigh]
 	fdbSeen    seen[backend.FDBKey, backend.FDBEntry]
 	routesSeen seen[backend.RouteKey, backend.Route]
+
+	// alien has, for each table that was read as a whole, a route there that is not ours; nil where there is none.
+	alien map[fib]*route
+}
+
+// A fib is one family of a routing table.
+type fib struct {
+	family uint8
+	table  int
 }
 
 // stranger notes one: key is what it keeps us from, at what it is itself (see isInWay).
@@ -269,12 +282,58 @@ func (s *survey) lookAtRules() error {
 	for _, r := range rules {
 		if r.protocol == backend.Owner {
 			s.have.Rules[r.key] = backend.Rule{RuleKey: r.key}
-		} else if _, wanted := s.want.Rules[r.key]; wanted {
-			s.stranger(r.key, r.key, "a rule that is not ours (protocol %d) says the same: priority %d, table %d; remove it "+
-				"(ip rule del priority %d)", r.protocol, r.key.Priority, r.key.Table, r.key.Priority)
+			continue
+		}
+		for key := range s.want.Rules {
+			if key.Table == r.key.Table && key.Table != backend.MainTable && ruleFamily(key) == ruleFamily(r.key) {
+				s.stranger(key, r.key, "a rule that is not ours (protocol %d, priority %d) leads to the same table %d; remove it "+
+					"(ip rule del priority %d)", r.protocol, r.key.Priority, r.key.Table, r.key.Priority)
+			}
+		}
+	}
+	return s.lookForStrangersBehindRules()
+}
+
+// lookForStrangersBehindRules keeps our rules from sending packets into a table that somebody else uses. While a rule
+// stands, nobody looks for the routes of others behind it unless one of ours is missing there.
+func (s *survey) lookForStrangersBehindRules() error {
+	for key := range s.want.Rules {
+		at := fib{ruleFamily(key), key.Table}
+		if at.table == backend.MainTable {
+			continue
+		}
+		if _, there := s.have.Rules[key]; !there {
+			if err := s.lookForAliens(at); err != nil {
+				return err
+			}
+		}
+		if r := s.alien[at]; r != nil {
+			s.stranger(key, r.key, "table %d holds a route that is not ours; remove it: ip route del %s", at.table, s.describe(*r))
 		}
 	}
 	return nil
+}
+
+// lookForAliens reads all that is in a table, unless that was done before.
+func (s *survey) lookForAliens(at fib) error {
+	if _, done := s.alien[at]; done {
+		return nil
+	}
+	routes, err := s.routes(at.family, 0, at.table)
+	if err != nil {
+		return err
+	}
+	s.noteAlien(at, routes)
+	return nil
+}
+
+// noteAlien notes which of all routes of a table is not ours. In the main table others are at home.
+func (s *survey) noteAlien(at fib, routes []route) {
+	s.alien[at] = nil
+	i := slices.IndexFunc(routes, func(r route) bool { return r.protocol != backend.Owner })
+	if i >= 0 && at.table != backend.MainTable {
+		s.alien[at] = &routes[i]
+	}
 }
 
 func (s *survey) lookAtSysctls() error {

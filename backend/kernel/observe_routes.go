@@ -56,7 +56,8 @@ func (k *Kernel) routes(family, protocol uint8, table int) (routes []route, err 
 func (k *Kernel) eachRoute(family, protocol uint8, table int, reset func(), take func(route)) error {
 	m := make(message, unix.SizeofRtMsg, 32)
 	m[0], m[5] = family, protocol
-	if table != unix.RT_TABLE_UNSPEC {
+	// To ask for a table that nobody has used yet is an error, and the library does not survive how it is told.
+	if table == unix.RT_TABLE_MAIN {
 		m.u32(unix.RTA_TABLE, uint32(table))
 	}
 	err := k.conn.dump(unix.RTM_GETROUTE, m, reset, func(b []byte) {
@@ -98,29 +99,26 @@ func (s *survey) routeKey(r route) backend.RouteKey {
 // lookForStrangeRoutes reads all routes, but only if there is one to add or to change: at rest others' routes, which
 // may be very many, are of no interest.
 func (s *survey) lookForStrangeRoutes() error {
-	type place struct {
-		family uint8
-		table  int
-	}
 	missing := map[backend.RouteKey]bool{}
-	places := map[place]bool{}
+	tables := map[fib]bool{}
 	for key, want := range s.want.Routes {
 		if have, there := s.have.Routes[key]; !there || have != want {
 			missing[key] = true
-			places[place{family(key.Dst.Addr()), key.Table}] = true
+			tables[fib{family(key.Dst.Addr()), key.Table}] = true
 		}
 	}
-	for p := range places {
+	for p := range tables {
 		routes, err := s.routes(p.family, 0, p.table)
 		if err != nil {
 			return err
 		}
+		s.noteAlien(p, routes)
 		for _, r := range routes {
 			key := s.routeKey(r)
 			if r.protocol == backend.Owner || r.tos != 0 || !missing[key] {
 				continue
 			}
-			delete(missing, key) // one stranger at a place is enough
+			delete(missing, key) // one stranger in a place is enough
 			what := s.describe(r)
 			s.stranger(key, r.key, "the route %s is there and is not ours; remove it: ip route del %s", what, what)
 		}

@@ -272,6 +272,17 @@ type rule struct {
 	key      backend.RuleKey
 }
 
+// ruleFamily is that of a rule's packets.
+func ruleFamily(k backend.RuleKey) uint8 {
+	switch {
+	case k.From.IsValid():
+		return family(k.From.Addr())
+	case k.To.IsValid():
+		return family(k.To.Addr())
+	}
+	return unix.AF_INET
+}
+
 // sizeofRuleMsg is the size of struct fib_rule_hdr in linux/fib_rules.h.
 const sizeofRuleMsg = 12
 
@@ -291,6 +302,8 @@ func parseRule(b []byte) (rule, bool) {
 			r.key.Priority = int(getU32(v))
 		case unix.FRA_TABLE:
 			r.key.Table = int(getU32(v))
+		case unix.FRA_FWMARK:
+			r.key.Mark = getU32(v)
 		case unix.FRA_PROTOCOL:
 			r.protocol = getU8(v)
 		}

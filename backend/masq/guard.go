@@ -96,7 +96,7 @@ func Ways(form Form, family Family) []Jump {
 	for _, g := range guards() {
 		ways = append(ways, g.way(form, family))
 	}
-	return ways
+	return append(ways, marksWay(form, family))
 }
 
 // addGuard keeps all but the peers away from the tunnel's port, of which nothing that arrives there proves who sent it.

@@ -1,12 +1,15 @@
 package masq
 
-// The hooks that chains of nftables' own making can be at, by their names in nft. A chain of ours at one has its name.
+// The hooks that chains of nftables' own making can be at, by their names in nft. A chain of ours at one has its name; of
+// two at one the second has a longer one.
 const (
 	PreroutingHook = "prerouting"
 	InputHook      = "input"
 	ForwardHook    = "forward"
 	OutputHook     = "output"
 	NatHook        = "postrouting"
+	// MarksHook is at prerouting too, where connections are known.
+	MarksHook = "prerouting-mark"
 )
 
 // The places of ours at their hooks.
@@ -34,6 +37,8 @@ func HookOf(name string) Hook {
 		return Hook{"nat", name, NatPriority}
 	case PreroutingHook, OutputHook:
 		return Hook{"filter", name, RawPriority}
+	case MarksHook:
+		return Hook{"filter", PreroutingHook, GuardPriority}
 	}
 	return Hook{"filter", name, GuardPriority}
 }

@@ -61,6 +61,13 @@ type Config struct {
 	// Port is the UDP port that nodes receive encapsulated packets at. No translated packet leaves from it, or its
 	// replies would be taken for encapsulated ones. 0 stands for none.
 	Port uint16
+	// Device is the tunnel's. What leaves by it arrives where this node's pods are known by their addresses, and their
+	// packets that may do so carry PodMark. Empty where there is none.
+	Device string
+	// Own are the addresses that other nodes know this node by, and answer to the way they were asked.
+	Own []netip.Addr
+	// Near are the addresses of nodes that know this node's pods by their addresses without the tunnel.
+	Near []netip.Addr
 	// NonMasquerade holds addresses outside the network that see pods by their own addresses.
 	NonMasquerade []netip.Prefix
 	// Guard drops what comes to Port from others than Peers, and keeps pods from sending to it.
@@ -85,11 +92,13 @@ func (c Config) Desired() Ruleset {
 		Guests: map[Guest]uint64{},
 	}
 	for _, network := range c.Network.Prefixes() {
+		c.addNear(&r, network)
 		if c.Form == NFTables {
 			c.addNFTables(&r, network)
 		} else {
 			c.addIPTables(&r, network)
 		}
+		c.addMarks(&r, network)
 	}
 	c.addGuard(&r)
 	return r
@@ -119,7 +128,8 @@ func (c Config) addNFTables(r *Ruleset, network netip.Prefix) {
 		r.Guests[Guest{Host: family.chain(FilterTable, DockerUser), Rule: rule}] = 0
 	}
 	for _, rule := range r.Chains[translate] {
-		if rule.Mark == 0 && !rule.UDP { // the one is kube-proxy's, the other a part of the rule behind it
+		// The one is kube-proxy's, the other a part of the rule behind it, the third names what only our table has.
+		if rule.Mark == 0 && !rule.UDP && rule.DstIn == (Set{}) {
 			rule.Verdict = Accept
 			r.Guests[Guest{Host: family.chain(NatTable, BasePostrouting), Rule: rule}] = 0
 		}
@@ -132,8 +142,8 @@ func forward(network netip.Prefix) []Rule {
 }
 
 // nat returns the rules of the nat chain for one family. Each names source and destination in full, so that at no
-// moment of a change does one rule depend on another that is not there yet, but for the first and those of multicast
-// and of what is not masqueraded, which stand, and are written, before those that masquerade.
+// moment of a change does one rule depend on another that is not there yet, but for the first and those of multicast,
+// of nodes and of what is not masqueraded, which stand, and are written, before those that masquerade.
 func (c Config) nat(network netip.Prefix) []Rule {
 	own := inFamily(c.Subnets, network)
 	rules := []Rule{
@@ -145,11 +155,17 @@ func (c Config) nat(network netip.Prefix) []Rule {
 			Rule{Src: s, Dst: multicast(network.Addr()), Verdict: Return},
 			// A pod here sees who calls it: the reply comes back through this node in any case.
 			Rule{Src: network, NotSrc: true, Dst: s, Verdict: Return})
+		rules = append(rules, c.toNodes(s)...)
 		for _, outside := range inFamily(c.NonMasquerade, network) {
 			if outside.Bits() == 0 {
 				outside = netip.Prefix{} // no packet filter prints a match that matches everything
 			}
 			rules = append(rules, Rule{Src: s, Dst: outside, Verdict: Return})
+		}
+	}
+	for _, a := range c.Own {
+		if FamilyOf(a) == FamilyOf(network.Addr()) {
+			rules = append(rules, Rule{Src: netip.PrefixFrom(a, a.BitLen()), Dst: network, Verdict: Return})
 		}
 	}
 	// The reply of a pod on another node would go to the caller directly, past the tunnel it came by.

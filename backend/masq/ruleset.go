@@ -187,6 +187,7 @@ const (
 	Masquerade Verdict = "MASQUERADE" // with a source port that cannot be foretold
 	Drop       Verdict = "DROP"
 	NoTrack    Verdict = "NOTRACK" // no connection is kept for it
+	SetMark    Verdict = "MARK"    // Bits are set in its mark, and the next rule is asked
 )
 
 // A PortRange is a range of ports, both ends included.
@@ -200,13 +201,16 @@ type Rule struct {
 	SrcIn, DstIn       Set
 	NotSrcIn, NotDstIn bool
 	Mark               uint32 // bits of the packet's mark, all of them set
-	// In begins the name of the device that the packet arrived from.
-	In      string
+	// In begins the name of the device that the packet arrived from, and Out is that of the one that it leaves by.
+	In, Out string
 	UDP     bool
 	DstPort uint16 // of UDP; 0 for any
 	// Local matches packets to an address of this node, and Translated those whose destination was changed on the way.
 	Local, Translated bool
-	Verdict           Verdict
+	// Answers matches the packets of a connection that its caller does not send.
+	Answers bool
+	Verdict Verdict
+	Bits    uint32 // of SetMark
 	// Counts says what the packets that a rule drops are counted as. It is not in the packet filter.
 	Counts string
 	// Ports, of Masquerade, are those that the new source port is taken from.
@@ -222,11 +226,14 @@ func (r Rule) Args() []string {
 	w.prefix("-s", r.Src, r.NotSrc)
 	w.prefix("-d", r.Dst, r.NotDst)
 	w.when(r.In != "", "-i", r.In+"+")
+	w.when(r.Out != "", "-o", r.Out)
 	w.when(r.UDP, "-p", "udp")
 	w.when(r.DstPort != 0, "-m", "udp", "--dport", strconv.Itoa(int(r.DstPort)))
 	w.when(r.Mark != 0, "-m", "mark", "--mark", fmt.Sprintf("%#x/%#x", r.Mark, r.Mark))
 	w.when(r.Local, "-m", "addrtype", "--dst-type", "LOCAL")
-	w.when(r.Translated, "-m", "conntrack", "--ctstate", "DNAT")
+	w.when(r.Translated || r.Answers, "-m", "conntrack")
+	w.when(r.Translated, "--ctstate", "DNAT")
+	w.when(r.Answers, "--ctdir", "REPLY")
 	w.matchSet(r.SrcIn, "src", r.NotSrcIn)
 	w.matchSet(r.DstIn, "dst", r.NotDstIn)
 	w.when(true, "-m", "comment", "--comment", Comment)
@@ -234,6 +241,7 @@ func (r Rule) Args() []string {
 		return append(w, "-j", "CT", "--notrack")
 	}
 	w.when(true, "-j", string(r.Verdict))
+	w.when(r.Verdict == SetMark, "--set-xmark", fmt.Sprintf("%#x/%#x", r.Bits, r.Bits))
 	w.when(r.Ports != PortRange{}, "--to-ports", fmt.Sprintf("%d-%d", r.Ports.First, r.Ports.Last))
 	w.when(r.Verdict == Masquerade, "--random-fully")
 	return w
@@ -244,15 +252,20 @@ func (r Rule) Words(family Family) []string {
 	w := words{}
 	w.when(r.Mark != 0, "meta", "mark", "and", fmt.Sprintf("%#x", r.Mark), "==", fmt.Sprintf("%#x", r.Mark))
 	w.when(r.In != "", "iifname", "'"+r.In+"*'") // quoted for the shell
+	w.when(r.Out != "", "oifname", r.Out)
 	w.compare(family, "saddr", text(r.Src), r.NotSrc)
 	w.compare(family, "daddr", text(r.Dst), r.NotDst)
 	w.when(r.UDP && r.DstPort == 0, "meta", "l4proto", "udp")
 	w.when(r.DstPort != 0, "udp", "dport", strconv.Itoa(int(r.DstPort)))
 	w.when(r.Local, "fib", "daddr", "type", "local")
 	w.when(r.Translated, "ct", "status", "dnat")
+	w.when(r.Answers, "ct", "direction", "reply")
 	w.compare(family, "saddr", r.SrcIn.mention(), r.NotSrcIn)
 	w.compare(family, "daddr", r.DstIn.mention(), r.NotDstIn)
 	w.when(r.Verdict == Drop, "counter")
+	if r.Verdict == SetMark {
+		return append(w, "meta", "mark", "set", "meta", "mark", "or", fmt.Sprintf("%#x", r.Bits), "comment", Comment)
+	}
 	w.when(true, strings.ToLower(string(r.Verdict)))
 	w.when(r.Ports != PortRange{}, "to", fmt.Sprintf(":%d-%d", r.Ports.First, r.Ports.Last))
 	w.when(r.Verdict == Masquerade, "fully-random")

@@ -16,22 +16,23 @@ type Data struct {
 	VNI  uint32      `json:"vni"`
 	Port uint16      `json:"port"`
 	MAC  backend.MAC `json:"mac"`
+	// Inside says of the node's own addresses which take part in the overlay. Nodes of older versions do not say.
+	Inside Inside `json:"inside,omitzero"`
 }
 
 // Data is this node's own, as it goes into its leases.
 func (c Config) Data() json.RawMessage {
-	return append(append(c.dataPrefix(), MAC(c.Node).String()...), dataSuffix...)
+	own := append(append(c.dataPrefix(), MAC(c.Node).String()...), `","inside":`...)
+	return append(append(own, c.inside().text()...), '}')
 }
 
-// A node's Data is a prefix that all nodes share, its MAC, and a suffix.
+// A node's Data is a prefix that all nodes share, its MAC, and what of it is inside, or a suffix without.
 func (c Config) dataPrefix() []byte {
 	b := make([]byte, 0, 64)
 	b = strconv.AppendUint(append(b, `{"vni":`...), uint64(c.VNI), 10)
 	b = strconv.AppendUint(append(b, `,"port":`...), uint64(c.Port), 10)
 	return append(b, `,"mac":"`...)
 }
-
-const dataSuffix = `"}`
 
 // ParseData reads the Data of a lease. Keys that it does not know are left for later versions.
 func ParseData(raw json.RawMessage) (Data, error) {
@@ -40,6 +41,9 @@ func ParseData(raw json.RawMessage) (Data, error) {
 		return Data{}, fmt.Errorf(`%s is not a JSON object like {"vni":1,"port":8472,"mac":"0e:6b:2c:01:02:03"}`, quote(raw))
 	}
 	var d Data
+	if v, ok := keys["inside"]; ok && json.Unmarshal(v, &d.Inside) != nil {
+		return Data{}, fmt.Errorf(`"inside" is %s, not a list of address families such as [4,6]`, quote(v))
+	}
 	for _, f := range []struct {
 		key  string
 		to   any
@@ -64,12 +68,14 @@ func ParseData(raw json.RawMessage) (Data, error) {
 // parse is ParseData, but quick where raw is just as this node would write it. Nearly all of it is, and there are
 // thousands.
 func (c Config) parse(raw json.RawMessage) (Data, error) {
+	const macLen = len("0e:6b:2c:01:02:03")
 	rest, ours := bytes.CutPrefix(raw, c.dataPrefix())
-	text, whole := bytes.CutSuffix(rest, []byte(dataSuffix))
-	if ours && whole {
-		if m, err := backend.ParseMAC(string(text)); err == nil && m.IsUnicast() {
-			return Data{VNI: c.VNI, Port: c.Port, MAC: m}, nil
-		}
+	if !ours || len(rest) < macLen {
+		return ParseData(raw)
+	}
+	inside, plain := insideOf(rest[macLen:])
+	if m, err := backend.ParseMAC(string(rest[:macLen])); plain && err == nil && m.IsUnicast() {
+		return Data{VNI: c.VNI, Port: c.Port, MAC: m, Inside: inside}, nil
 	}
 	return ParseData(raw)
 }

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 
 	"tweed.dev/tweed/backend"
@@ -33,6 +34,8 @@ type Config struct {
 	MTU int
 	// NoTxChecksum is as in backend.VXLAN.
 	NoTxChecksum bool
+	// Held are the addresses that this node publishes and has itself, at most one a family.
+	Held []netip.Addr
 	// Underlay is the family of addresses that encapsulated packets travel between: 4 or 6.
 	Underlay int
 }
@@ -85,6 +88,10 @@ func (c Config) DeviceMTU(up backend.Uplink) int {
 // Desired is what this node's kernel must hold to reach peers, given its own leases. The peers' leases have passed
 // Judge. Those on up's Segment get a plain route, each family by itself. They keep their entries on the device, so that
 // to change over, in either direction, is to replace one route.
+//
+// Pods and nodes reach each other through the tunnel with their own addresses, where these are inside. As long as one
+// peer behind the tunnel is of an older version, this node's own packets have an address of its subnet, which that peer
+// answers through the tunnel.
 func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.State {
 	dev := DeviceName(c.VNI)
 	s := backend.State{
@@ -92,21 +99,36 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 		Addrs:  make(map[backend.AddrKey]backend.Addr, len(self)),
 		Neighs: make(map[backend.NeighKey]backend.Neigh, len(peers)),
 		FDB:    make(map[backend.FDBKey]backend.FDBEntry, len(peers)),
-		Routes: make(map[backend.RouteKey]backend.Route, len(peers)),
+		Routes: make(map[backend.RouteKey]backend.Route, 2*len(peers)),
+		Rules:  map[backend.RuleKey]backend.Rule{}, Sysctls: map[string]backend.Sysctl{},
 	}
 	// A host that does not forward IPv6 believes router advertisements, and one could come out of the tunnel.
-	ra := "net/ipv6/conf/" + dev + "/accept_ra"
-	s.Sysctls = map[string]backend.Sysctl{ra: {Name: ra, Value: "0"}}
-	for _, l := range self {
-		a := ownAddr(dev, l.Subnet.Addr())
-		s.Addrs[a.AddrKey] = a
-	}
-	for _, l := range peers {
-		if d, err := c.parse(l.Data); err == nil {
-			reach(s, dev, l, d.MAC, up.Segment)
+	set(s, "net/ipv6/conf/"+dev+"/accept_ra", "0")
+	others := c.peers(peers, up)
+	old := slices.ContainsFunc(others, isOld)
+	c.own(s, self, old)
+	nodes := map[netip.Addr]subnet.Lease{} // by their addresses
+	for _, p := range others {
+		route := p.reach(s, dev, c.source(p, old))
+		if p.direct || !p.Inside.Has(p.NodeAddr()) {
+			continue
 		}
+		// Of two nodes that publish one address the older is believed, as with a subnet.
+		if other, taken := nodes[p.NodeAddr()]; taken && !p.Since.Before(other.Since) {
+			continue
+		}
+		nodes[p.NodeAddr()] = p.Lease
+		route.Src = netip.Addr{}
+		route.RouteKey = backend.RouteKey{Table: backend.NodesTable, Dst: single(p.NodeAddr())}
+		s.Routes[route.RouteKey] = route
 	}
+	// So that the check of where a packet comes from (rp_filter) goes by the mark too. It is for IPv4 alone.
+	set(s, "net/ipv4/conf/"+dev+"/src_valid_mark", "1")
 	return s
+}
+
+func set(s backend.State, name, value string) {
+	s.Sysctls[name] = backend.Sysctl{Name: name, Value: value}
 }
 
 func (c Config) link(dev string, up backend.Uplink) backend.Link {
@@ -119,8 +141,8 @@ func (c Config) link(dev string, up backend.Uplink) backend.Link {
 	return backend.Link{Name: dev, Type: backend.KindVXLAN, MAC: MAC(c.Node), MTU: c.DeviceMTU(up), Up: true, VXLAN: v}
 }
 
-// ownAddr is the address that this node's own packets into the tunnel have. In IPv4 it is the subnet's first, which is
-// the gateway that peers route to. In IPv6 the first is an anycast address of every router on the subnet (RFC 4291,
+// ownAddr is the address that the node's packets into the tunnel have where its own is not inside. In IPv4 it is the
+// subnet's first, which is the gateway that peers route to. In IPv6 the first is an anycast address of every router on the subnet (RFC 4291,
 // section 2.6.1) and the second the bridge's, so it is the third.
 func ownAddr(dev string, first netip.Addr) backend.Addr {
 	if first.Is4() {
@@ -130,22 +152,49 @@ func ownAddr(dev string, first netip.Addr) backend.Addr {
 	return backend.Addr{AddrKey: backend.AddrKey{Dev: dev, Prefix: netip.PrefixFrom(third, 128)}, NoDAD: true}
 }
 
-// reach adds to s what leads to one lease of a peer.
-func reach(s backend.State, dev string, l subnet.Lease, mac backend.MAC, segment backend.Segment) {
-	fdb := backend.FDBKey{Dev: dev, MAC: mac}
-	s.FDB[fdb] = backend.FDBEntry{FDBKey: fdb, Dst: l.Host, Peer: l.Node}
+// A peer is a lease of another node, and what leads to its pods.
+type peer struct {
+	subnet.Lease
+	Data
+	route  backend.Route
+	direct bool // it has a plain route
+}
 
+// peers reads leases, and finds the ways to them.
+func (c Config) peers(leases []subnet.Lease, up backend.Uplink) []peer {
+	all := make([]peer, 0, len(leases))
+	for _, l := range leases {
+		d, err := c.parse(l.Data)
+		if err != nil {
+			continue
+		}
+		p := peer{Lease: l, Data: d}
+		p.route, p.direct = up.Segment.Route(l)
+		all = append(all, p)
+	}
+	return all
+}
+
+// isOld reports whether a peer behind the tunnel is of an older version, whose pods would answer the address of a node
+// past the tunnel.
+func isOld(p peer) bool { return !p.direct && !p.Inside.Known() }
+
+// reach adds to s what leads to the pods of a peer, with a preferred source if that is valid, and returns the route.
+func (p peer) reach(s backend.State, dev string, src netip.Addr) backend.Route {
+	fdb := backend.FDBKey{Dev: dev, MAC: p.MAC}
+	s.FDB[fdb] = backend.FDBEntry{FDBKey: fdb, Dst: p.Host, Peer: p.Node}
 	// IPv6 goes by the VTEP's link-local address, which is on the link without a word: replacing a route fails with
 	// EINVAL where it has onlink and a route to the gateway exists on another device.
-	gateway, onlink := mac.LinkLocal(), false
-	if l.Subnet.Addr().Is4() {
-		gateway, onlink = l.Subnet.Addr(), true
+	gateway, onlink := p.MAC.LinkLocal(), false
+	if p.Subnet.Addr().Is4() {
+		gateway, onlink = p.Subnet.Addr(), true
 	}
 	neigh := backend.NeighKey{Dev: dev, Addr: gateway}
-	s.Neighs[neigh] = backend.Neigh{NeighKey: neigh, MAC: mac, Peer: l.Node}
-	route, direct := segment.Route(l)
-	if !direct {
-		route.Dev, route.Via, route.Onlink = dev, gateway, onlink
+	s.Neighs[neigh] = backend.Neigh{NeighKey: neigh, MAC: p.MAC, Peer: p.Node}
+	route := p.route
+	if !p.direct {
+		route.Dev, route.Via, route.Onlink, route.Src = dev, gateway, onlink, src
 	}
 	s.Routes[route.RouteKey] = route
+	return route
 }

@@ -66,6 +66,7 @@ func TestDesired(t *testing.T) {
 			lease("node-7", "10.244.7.0/24", "192.0.2.17"), lease("node-7", "fd00:10:244:7::/64", "192.0.2.17")},
 		want: `ip link add tweed.1 group 116 address 46:ee:d0:cd:28:c6 mtu 1450 up type vxlan id 1 dstport 8472 ` +
 			`local 192.0.2.11 dev eth0 nolearning
+sysctl -w net/ipv4/conf/tweed.1/src_valid_mark=1
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
 ip addr add 10.244.3.0/32 dev tweed.1
 ip addr add fd00:10:244:3::2/128 dev tweed.1 nodad
@@ -73,7 +74,9 @@ node-7: ip neigh replace 10.244.7.0 lladdr 1e:d0:b4:61:31:5a dev tweed.1 nud per
 node-7: ip neigh replace fe80::1cd0:b4ff:fe61:315a lladdr 1e:d0:b4:61:31:5a dev tweed.1 nud permanent
 node-7: bridge fdb replace 1e:d0:b4:61:31:5a dev tweed.1 dst 192.0.2.17 self permanent
 node-7: ip route add 10.244.7.0/24 via 10.244.7.0 dev tweed.1 onlink proto 116
-node-7: ip -6 route add fd00:10:244:7::/64 via fe80::1cd0:b4ff:fe61:315a dev tweed.1 proto 116`,
+node-7: ip -6 route add fd00:10:244:7::/64 via fe80::1cd0:b4ff:fe61:315a dev tweed.1 proto 116
+ip rule add pref 116 from 10.244.3.0/24 fwmark 0x1000/0x1000 lookup 116 proto 116
+ip -6 rule add pref 116 from fd00:10:244:3::/64 fwmark 0x1000/0x1000 lookup 116 proto 116`,
 	}, {
 		name: "IPv4 over IPv6, several uplinks, smaller MTU, no offload",
 		config: vxlan.Config{
@@ -85,17 +88,20 @@ node-7: ip -6 route add fd00:10:244:7::/64 via fe80::1cd0:b4ff:fe61:315a dev twe
 			lease("node-7", "10.244.7.0/24", "2001:db8::17")},
 		want: `ip link add tweed.16777215 group 116 address 46:ee:d0:cd:28:c6 mtu 1330 up type vxlan id 16777215 ` +
 			`dstport 4789 local 2001:db8::11 nolearning && ethtool -K tweed.16777215 tx off
+sysctl -w net/ipv4/conf/tweed.16777215/src_valid_mark=1
 sysctl -w net/ipv6/conf/tweed.16777215/accept_ra=0
 ip addr add 10.244.3.0/32 dev tweed.16777215
 node-7: ip neigh replace 10.244.7.0 lladdr 1e:d0:b4:61:31:5a dev tweed.16777215 nud permanent
 node-7: bridge fdb replace 1e:d0:b4:61:31:5a dev tweed.16777215 dst 2001:db8::17 self permanent
-node-7: ip route add 10.244.7.0/24 via 10.244.7.0 dev tweed.16777215 onlink proto 116`,
+node-7: ip route add 10.244.7.0/24 via 10.244.7.0 dev tweed.16777215 onlink proto 116
+ip rule add pref 116 from 10.244.3.0/24 fwmark 0x1000/0x1000 lookup 116 proto 116`,
 	}, {
 		name:   "address on lo, no lease yet",
 		config: config("node-3", 4),
 		up:     backend.Uplink{Devs: []string{"eth1"}, Routed: true, Local: netip.MustParseAddr("192.0.2.11"), MTU: 1500},
 		want: `ip link add tweed.1 group 116 address 46:ee:d0:cd:28:c6 mtu 1450 up type vxlan id 1 dstport 8472 ` +
 			`local 192.0.2.11 nolearning
+sysctl -w net/ipv4/conf/tweed.1/src_valid_mark=1
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0`,
 	}, {
 		name:   "a neighbour of which one address is known",
@@ -106,6 +112,7 @@ sysctl -w net/ipv6/conf/tweed.1/accept_ra=0`,
 			published(lease("node-7", "fd00:10:244:7::/64", "192.0.2.17"), "192.0.2.17")},
 		want: `ip link add tweed.1 group 116 address 46:ee:d0:cd:28:c6 mtu 1450 up type vxlan id 1 dstport 8472 ` +
 			`local 192.0.2.11 dev eth0 nolearning
+sysctl -w net/ipv4/conf/tweed.1/src_valid_mark=1
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
 node-7: ip neigh replace 10.244.7.0 lladdr 1e:d0:b4:61:31:5a dev tweed.1 nud permanent
 node-7: ip neigh replace fe80::1cd0:b4ff:fe61:315a lladdr 1e:d0:b4:61:31:5a dev tweed.1 nud permanent
@@ -120,6 +127,7 @@ node-7: ip -6 route add fd00:10:244:7::/64 via fe80::1cd0:b4ff:fe61:315a dev twe
 			{Node: "node-7", Subnet: netip.MustParsePrefix("10.244.7.0/24"), Data: json.RawMessage(`{"vni":`)}},
 		want: `ip link add tweed.1 group 116 address 46:ee:d0:cd:28:c6 mtu 1450 up type vxlan id 1 dstport 8472 ` +
 			`local 192.0.2.11 dev eth0 nolearning
+sysctl -w net/ipv4/conf/tweed.1/src_valid_mark=1
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0`,
 	}} {
 		t.Run(c.name, func(t *testing.T) {
@@ -180,7 +188,7 @@ func TestPeerWithOtherSpelling(t *testing.T) {
 		if err != nil || identity != vxlan.MAC("node-7").String() {
 			t.Errorf("%s: identity %q, error %v", l.Data, identity, err)
 		}
-		if s := c.Desired(nil, []subnet.Lease{l}, uplink("192.0.2.11")); s.Len() != 5 {
+		if s := c.Desired(nil, []subnet.Lease{l}, uplink("192.0.2.11")); s.Len() != 6 {
 			t.Errorf("%s: %+v", l.Data, s)
 		}
 	}
