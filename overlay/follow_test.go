@@ -46,7 +46,8 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// configMap writes the files of a ConfigMap's volume as the kubelet does: in a new directory, to which a link is swapped.
+// configMap writes the files of a ConfigMap's volume as the kubelet does: in a new directory, to which a link is then
+// swapped.
 func configMap(t *testing.T, dir, version, text string) {
 	t.Helper()
 	must(t, os.Mkdir(filepath.Join(dir, version), 0o755))

@@ -148,9 +148,10 @@ func TestNetConfChangesUnderLivingPods(t *testing.T) {
 		text, data string // data is this node's, as then published
 		ops        string // some of those that follow
 	}{
-		"VNI":              {tunnel(`"VNI": 7`), `"vni":7,"port":8472`, "ip link del tweed.1\nip link add tweed.7 "},
-		"port":             {tunnel(`"Port": 4789`), `"vni":1,"port":4789`, "ip link del tweed.1\nip link add tweed.1 "},
-		"MTU":              {tunnel(`"MTU": 1400`), `"vni":1`, "ip link set dev tweed.1 mtu 1350\nip link set dev tweed0 mtu 1350"},
+		"VNI":  {tunnel(`"VNI": 7`), `"vni":7,"port":8472`, "ip link del tweed.1\nip link add tweed.7 "},
+		"port": {tunnel(`"Port": 4789`), `"vni":1,"port":4789`, "ip link del tweed.1\nip link add tweed.1 "},
+		"MTU": {tunnel(`"MTU": 1400`), `"vni":1`, "ip link set dev tweed.1 mtu 1350\n" +
+			"ip link set dev tweed0 mtu 1350"},
 		"checksums":        {tunnel(`"ChecksumOffload": "off"`), `"vni":1`, "ethtool -K tweed.1 tx off"},
 		"without a tunnel": {tunnel(`"Type": "host-gw"`), `{}`, "ip link del tweed.1\nip link set dev tweed0 mtu 1500"},
 		"direct routing": {tunnel(`"DirectRouting": true`), `"vni":1`,

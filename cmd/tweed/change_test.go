@@ -64,8 +64,8 @@ func (d *running) ours() string {
 	return strings.Join(all, "\n")
 }
 
-// leavesNothing compares what is on a node after all changes with what a daemon makes of a node that has nothing. Others
-// are those that its pod then reaches.
+// leavesNothing compares what is on a node after all changes with what a daemon makes of a node that has nothing.
+// Others are those that its pod then reaches.
 func (c *threeNodes) leavesNothing(n int, others ...int) {
 	c.router.t.Helper()
 	d := c.daemons[n]
@@ -73,7 +73,8 @@ func (c *threeNodes) leavesNothing(n int, others ...int) {
 	before := d.ours()
 	d.stop()
 	run, cni := filepath.Join(d.dir, "run"), filepath.Join(d.dir, "cni")
-	if out, err := d.tweed("cleanup", "--run-dir", run, "--cni-conf-dir", cni, "--cni-bin-dir", d.dir).CombinedOutput(); err != nil {
+	cleanup := d.tweed("cleanup", "--run-dir", run, "--cni-conf-dir", cni, "--cni-bin-dir", d.dir)
+	if out, err := cleanup.CombinedOutput(); err != nil {
 		d.t.Fatalf("cleanup: %v\n%s", err, out)
 	}
 	d.start()
@@ -132,7 +133,7 @@ func TestOwnAddressMovesToAnother(t *testing.T) {
 	})
 }
 
-// The address goes to another device of the node, and then that one is deleted, which the VXLAN device does not survive.
+// The address goes to another device of the node. Then that one is deleted, which the VXLAN device does not survive.
 func TestUplinkIsReplaced(t *testing.T) {
 	eachUnderlay(t, func(t *testing.T, c *threeNodes, v6 bool) {
 		node := c.nodes[1]
@@ -375,7 +376,8 @@ func TestPeerChangesWhatItPublishes(t *testing.T) {
 	c := newThreeNodes(t)
 	c.daemons[1] = daemon(c.nodes[1], c.leases, 1, confOf(`"Underlay": "ipv4"`))
 	c.pods[1] = pod(c.nodes[1], 1)
-	p := &handmade{host: c.nodes[2], c: c, subnet: "2", host4: "192.0.2.12", mac: "0e:00:00:00:00:02", four: true, six: true}
+	p := &handmade{host: c.nodes[2], c: c, subnet: "2", host4: "192.0.2.12", mac: "0e:00:00:00:00:02"}
+	p.four, p.six = true, true
 	p.build()
 	p.says()
 	p.followed("joined", time.Now())

@@ -106,7 +106,8 @@ func (c *threeNodes) cut(a, b int) {
 	}
 }
 
-// isBack has the second of two nodes change as the first has, and measures how long it takes until they reach each other.
+// isBack has the second of two nodes change as the first has, and measures how long it then takes until they reach each
+// other.
 func (c *threeNodes) isBack(first, second int, change func(n int)) {
 	c.router.t.Helper()
 	start := time.Now()
@@ -177,7 +178,8 @@ func TestNetConfIsFollowedUnderTraffic(t *testing.T) {
 	}
 }
 
-// refused gives a node a net-conf.json that cannot come into force, awaits that it says so, and restores the one that is.
+// refused gives a node a net-conf.json that cannot come into force, awaits that it says so, and restores the one that
+// is.
 func (c *threeNodes) refused(n int, inForce, keys, why string) {
 	c.router.t.Helper()
 	c.daemons[n].settles()
