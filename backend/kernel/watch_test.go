@@ -96,7 +96,9 @@ func TestLostNotificationsRing(t *testing.T) {
 	h.ns.Do(t, func() {
 		s, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_IFADDR)
 		if err == nil {
-			err = s.SetReceiveBufferSize(1, false)
+			err = s.conn.Control(func(fd uintptr) {
+				err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1)
+			})
 		}
 		if err != nil {
 			t.Errorf("subscribing: %v", err)
