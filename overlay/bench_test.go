@@ -20,6 +20,9 @@ import (
 	"tweed.dev/tweed/subnet"
 )
 
+// passRatio is how much longer than the floor a pass from nothing may take.
+const passRatio = 1.3
+
 // BenchmarkPass measures passes on a real kernel, with dual-stack peers: the one that programs them all, taking turns
 // with the floor (ip -batch and bridge -batch making the same objects), and the one that finds nothing to do.
 func BenchmarkPass(b *testing.B) {
@@ -38,6 +41,9 @@ func BenchmarkPass(b *testing.B) {
 			b.Logf("ratio of medians:             %.2f", float64(program.median())/float64(floor.median()))
 			b.Logf("pass with nothing to do:      %v", idle)
 			b.Logf("processor time of such a one: %v", idleCPU)
+			if ratio := float64(program.median()) / float64(floor.median()); ratio > passRatio {
+				b.Errorf("a pass took %.2f times as long as the floor; it is to be at most %v", ratio, passRatio)
+			}
 			b.ReportMetric(ms(program.median()), "program-ms")
 			b.ReportMetric(ms(idle.median()), "idle-ms")
 			b.ReportMetric(ms(idleCPU.median()), "idle-cpu-ms")
