@@ -37,8 +37,8 @@ func sources() []source {
 	}
 }
 
-// BenchmarkCost prints what one daemon costs a cluster with 5,000 Nodes, and its machine, and how fast it is there, beside
-// what is aimed at.
+// BenchmarkCost prints what one daemon costs a cluster with 5,000 Nodes, and its machine, and how fast it is there,
+// beside what is aimed at.
 func BenchmarkCost(b *testing.B) {
 	c := costs{Cluster: cluster.Start(b, programs(b))}
 	c.Audit(b)

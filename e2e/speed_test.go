@@ -36,11 +36,11 @@ type goals struct {
 	listed, started, joined, ratio float64
 }
 
-// measureSpeed starts daemons where everything is new to them, and changes what they follow, in turns with the floor: the
-// same objects made by one `ip -batch` and one `bridge -batch`.
+// measureSpeed starts daemons where everything is new to them, and changes what they follow, in turns with the floor:
+// the same objects made by one `ip -batch` and one `bridge -batch`.
 //
-// Times are held to their goals by the best round, since a busy machine only ever adds to them; ratios and processor time
-// by medians.
+// Times are held to their goals by the best round, since a busy machine only ever adds to them; ratios and processor
+// time by medians.
 func measureSpeed(b *testing.B, c *cluster.Cluster, f *cluster.Fleet) {
 	s := &speed{Cluster: c, fleet: f, floor: newFloor(b, c)}
 	s.measure(b, "dual-stack", cluster.FleetSubnets(fleetSize), goals{listed: 1500, started: 2200, joined: 150, ratio: 2})
@@ -120,8 +120,8 @@ func (s *speed) measure(b *testing.B, families string, subnets []string, g goals
 	s.RemoveNode(b, n)
 }
 
-// start starts the daemon of a new node, and returns when it was sent the list, when its process began and when the last
-// route was there.
+// start starts the daemon of a new node, and returns when it was sent the list, when its process began and when the
+// last route was there.
 func (s *speed) start(b *testing.B, n *cluster.Node) (list, start, last time.Time) {
 	routes := n.NetNS.ExpectRoutes(b, subnetsOf(s.peers(0, fleetSize, 0)), nil)
 	start = time.Now()

@@ -12,8 +12,8 @@ import (
 // watchBuffer is how many bytes of notifications may wait. Programming a thousand peers makes some thousand.
 const watchBuffer = 4 << 20
 
-// A subscription is a socket that the kernel sends notifications to. It reads them into one place, where the library makes
-// a new one of 64 kB for each, and each route and each neighbour is one.
+// A subscription is a socket that the kernel sends notifications to. It reads them into one place, where the library
+// makes a new one of 64 kB for each, and each route and each neighbour is one.
 type subscription struct {
 	file   *os.File
 	conn   syscall.RawConn

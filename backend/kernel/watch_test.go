@@ -137,8 +137,8 @@ func TestPodThatComesOrGoesRings(t *testing.T) {
 	for _, what := range []string{
 		"ip link add pod1 group 116 mtu 1450 type veth peer name inside", "ip link set pod1 master tweed0 up",
 		"ip link set inside up", "bridge link set dev pod1 hairpin on",
-		"bridge fdb add 0a:58:0a:f4:03:05 dev pod1 master static", "ip neigh add 10.244.3.5 lladdr 0a:58:0a:f4:03:05 dev tweed0",
-		"ip link del pod1",
+		"bridge fdb add 0a:58:0a:f4:03:05 dev pod1 master static",
+		"ip neigh add 10.244.3.5 lladdr 0a:58:0a:f4:03:05 dev tweed0", "ip link del pod1",
 	} {
 		h.ns.Run(t, what)
 		if r.quiet() {

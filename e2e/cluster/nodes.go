@@ -93,8 +93,8 @@ func (f *Fleet) OnlyIPv4(t testing.TB) {
 	f.Replace(t, 0, f.Size, 0)
 }
 
-// Replace has the Nodes from that number up to another publish, all at once, the leases of Nodes whose numbers are higher
-// by shift: other machines under the same names.
+// Replace has the Nodes from that number up to another publish, all at once, the leases of Nodes whose numbers are
+// higher by shift: other machines under the same names.
 func (f *Fleet) Replace(t testing.TB, from, to, shift int) {
 	t.Helper()
 	f.each(t, from, to, func(i int) error { return f.publish(t.Context(), i, f.lease(i+shift)) })
