@@ -62,7 +62,7 @@ lint:
 bench: packages build ## figures: ratios of medians beside a floor
 	go test -run '^$$' -bench . -benchtime 20x ./backend/... ./subnet/...
 	go test -run '^$$' -bench . -benchtime 1x ./overlay/... # each takes its rounds in turns with the floor's
-	cd e2e && go test -run '^$$' -bench '^BenchmarkCost$$' -benchtime 1x -timeout 15m . # with a real API server
+	cd e2e && go test -run '^$$' -bench '^BenchmarkCost$$' -benchtime 1x -timeout 30m . # with a real API server
 
 packages: # only what is missing, so that a second run needs no network
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \

@@ -5,6 +5,7 @@
 package backend
 
 import (
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -184,11 +185,30 @@ type MAC [6]byte
 
 // ParseMAC reads the form aa:bb:cc:dd:ee:ff.
 func ParseMAC(s string) (MAC, error) {
+	if m, ok := parseUsualMAC(s); ok {
+		return m, nil
+	}
 	hw, err := net.ParseMAC(s)
 	if err != nil || len(hw) != len(MAC{}) {
 		return MAC{}, fmt.Errorf("%q is not a MAC address of the form 0a:58:0a:f4:03:02", s)
 	}
 	return MAC(hw), nil
+}
+
+// parseUsualMAC is ParseMAC for the form that String has. Peers' MACs have it, and there are thousands.
+func parseUsualMAC(s string) (m MAC, ok bool) {
+	if len(s) != 3*len(m)-1 {
+		return MAC{}, false
+	}
+	var digits [2 * len(m)]byte
+	for i := range m {
+		if i > 0 && s[3*i-1] != ':' {
+			return MAC{}, false
+		}
+		copy(digits[2*i:], s[3*i:3*i+2])
+	}
+	_, err := hex.Decode(m[:], digits[:])
+	return m, err == nil
 }
 
 func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }

@@ -20,6 +20,9 @@ import (
 	"tweed.dev/tweed/subnet"
 )
 
+// passRatio is how much longer than the floor a pass from nothing may take.
+const passRatio = 1.3
+
 // BenchmarkPass measures passes on a real kernel, with dual-stack peers: the one that programs them all, taking turns
 // with the floor (ip -batch and bridge -batch making the same objects), and the one that finds nothing to do.
 func BenchmarkPass(b *testing.B) {
@@ -38,6 +41,9 @@ func BenchmarkPass(b *testing.B) {
 			b.Logf("ratio of medians:             %.2f", float64(program.median())/float64(floor.median()))
 			b.Logf("pass with nothing to do:      %v", idle)
 			b.Logf("processor time of such a one: %v", idleCPU)
+			if ratio := float64(program.median()) / float64(floor.median()); ratio > passRatio {
+				b.Errorf("a pass took %.2f times as long as the floor; it is to be at most %v", ratio, passRatio)
+			}
 			b.ReportMetric(ms(program.median()), "program-ms")
 			b.ReportMetric(ms(idle.median()), "idle-ms")
 			b.ReportMetric(ms(idleCPU.median()), "idle-cpu-ms")
@@ -185,8 +191,22 @@ func manyPeers(count int) []subnet.Lease {
 	return leases
 }
 
-// BenchmarkIdlePass is the pass that finds nothing to do, by what it takes of the processor.
+// idleGoal is what a pass with nothing to do may take of a processor at 5,000 peers.
+const idleGoal = 45 * time.Millisecond
+
+// BenchmarkIdlePass is the pass that finds nothing to do, and BenchmarkJoin the one after a peer has come, by what they
+// take of the processor.
 func BenchmarkIdlePass(b *testing.B) {
+	benchmarkCPU(b, idleGoal, func(*node, []subnet.Lease, int) {})
+}
+
+func BenchmarkJoin(b *testing.B) {
+	benchmarkCPU(b, 0, func(n *node, peers []subnet.Lease, pass int) {
+		n.cluster.set(peers[pass%2:]...) // every other time one goes
+	})
+}
+
+func benchmarkCPU(b *testing.B, goal time.Duration, before func(n *node, peers []subnet.Lease, pass int)) {
 	const passes = 50
 	for name, peers := range map[string][]subnet.Lease{"ipv4": ipv4Peers(5000), "dual-stack": manyPeers(5000)} {
 		b.Run(name, func(b *testing.B) {
@@ -200,14 +220,18 @@ func BenchmarkIdlePass(b *testing.B) {
 				n.step(b)
 				var cpu samples
 				for b.Loop() {
-					for range passes {
+					for i := range passes {
+						before(n, peers, i)
 						start := processorTime(b)
 						n.step(b)
 						cpu.add(processorTime(b) - start)
 					}
 				}
-				b.Logf("processor time of a pass with nothing to do, %s: %v", name, cpu)
+				b.Logf("processor time of a pass, %s: %v", name, cpu)
 				b.ReportMetric(ms(cpu.median()), "cpu-ms")
+				if goal != 0 && cpu.median() > goal {
+					b.Errorf("it is to be at most %v", goal)
+				}
 			})
 		})
 	}

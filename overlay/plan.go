@@ -372,7 +372,7 @@ func own(in inputs, w way) (own []subnet.Lease) {
 // list; what counts is what they are now.
 func (d *desired) settle(self string, rules subnet.Rules, listed []subnet.Lease) []subnet.Lease {
 	d.unsaid = !slices.EqualFunc(ofNode(d.self, self), ofNode(listed, self), samePublished)
-	leases := slices.Clone(d.self)
+	leases := append(make([]subnet.Lease, 0, len(d.self)+len(listed)), d.self...)
 	for _, l := range listed {
 		if l.Node != self {
 			leases = append(leases, l)
@@ -380,6 +380,7 @@ func (d *desired) settle(self string, rules subnet.Rules, listed []subnet.Lease)
 	}
 	peers, problems := subnet.Settle(self, rules, leases)
 	d.peers, d.problems, d.refused = len(peers), problems, len(leases)-len(d.self)-len(peers)
+	d.nodes = make([]string, 0, len(peers))
 	for _, l := range peers {
 		d.nodes = append(d.nodes, l.Node)
 	}

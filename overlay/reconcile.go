@@ -302,8 +302,8 @@ func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 // atOnce is how many operations are begun before the daemon looks whether it is to end.
 const atOnce = 500
 
-// together is how many operations can be made without a look at what has become of the first. What hangs on a link waits
-// for the link.
+// together is how many operations can be made without a look at what has become of the first. What hangs on a link
+// waits for the link.
 func together(ops []backend.Op, missing map[string]bool) int {
 	n := 1
 	for _, isLink := ops[0].What.(backend.Link); !isLink && n < min(len(ops), atOnce); n++ {

@@ -269,6 +269,32 @@ func TestOnePeersEntryIsRefusedByTheKernel(t *testing.T) {
 	}
 }
 
+// What hangs on a device that the kernel refused is not tried, wherever it stands among what is done at once.
+func TestDeviceIsRefusedByTheKernel(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+	var tried []string
+	n.kern.Fail(func(op backend.Op) error {
+		link, _ := op.What.(backend.Link)
+		if link.Name == "tweed.1" || backend.Device(op.What) == "tweed.1" {
+			tried = append(tried, op.What.Kind())
+			return errors.New("no such device")
+		}
+		return nil
+	})
+	rep := n.step(t)
+	if want := []string{"link"}; !slices.Equal(tried, want) {
+		t.Errorf("tried on the device: %v, want %v", tried, want)
+	}
+	if rep.Converged || rep.Failed != 1 || rep.Skipped < 4 {
+		t.Errorf("converged %v, failed %d, skipped %d; want one failure, and the device's entries skipped",
+			rep.Converged, rep.Failed, rep.Skipped)
+	}
+	if have := n.state(t); len(have.Links) != 1 || len(have.Addrs) == 0 {
+		t.Errorf("links %v, addresses %v; the bridge and its addresses do not hang on the device", have.Links, have.Addrs)
+	}
+}
+
 func TestDeviceCannotBeHad(t *testing.T) {
 	n := newNode(t)
 	n.kern.AddStranger(backend.Link{Name: "tweed.1", Type: backend.KindVXLAN, MTU: 1450})

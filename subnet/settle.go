@@ -31,9 +31,15 @@ type Rules struct {
 //
 // Both results are sorted and do not depend on the order of leases. Problems holds the refused, self included.
 func Settle(self string, rules Rules, leases []Lease) (peers []Lease, problems []Problem) {
-	s := settling{rules: rules, self: self, owners: map[string]*contender{}}
-	for _, l := range leases {
-		if c, ok := s.judge(l); ok {
+	s := settling{
+		rules: rules, self: self, owners: make(map[string]*contender, len(leases)),
+		good: make([]*contender, 0, len(leases)), winners: make([]int, 0, len(leases)),
+	}
+	contenders := make([]contender, len(leases)) // all at once, as there are thousands
+	for i, l := range leases {
+		c := &contenders[i]
+		c.Lease = l
+		if s.judge(c) {
 			s.good = append(s.good, c)
 		}
 	}
@@ -46,6 +52,7 @@ func Settle(self string, rules Rules, leases []Lease) (peers []Lease, problems [
 		winners = append(winners, s.good[i])
 	}
 	slices.SortFunc(winners, byNode)
+	peers = make([]Lease, 0, len(winners))
 	for _, w := range winners {
 		if w.Node != self && !s.excluded(w) {
 			peers = append(peers, w.Lease)
@@ -77,24 +84,23 @@ type settling struct {
 	problems []Problem
 }
 
-// judge looks at l alone, and names all that is wrong with it.
-func (s *settling) judge(l Lease) (*contender, bool) {
-	identity, unusable := "", error(nil)
+// judge looks at c alone, and names all that is wrong with it.
+func (s *settling) judge(c *contender) (good bool) {
+	var unusable error
 	if s.rules.Judge != nil {
-		identity, unusable = s.rules.Judge(l)
+		c.identity, unusable = s.rules.Judge(c.Lease)
 	}
-	c := &contender{l, identity}
-	if l.Node == s.self {
+	if c.Node == s.self {
 		s.own = append(s.own, c)
 	}
-	good := true
-	for _, err := range []error{s.rules.checkSubnet(l.Subnet), s.rules.checkHost(l.Host), unusable} {
+	good = true
+	for _, err := range [...]error{s.rules.checkSubnet(c.Subnet), s.rules.checkHost(c.Host), unusable} {
 		if err != nil {
-			s.refuse(l, KindLease, fmt.Sprintf("%v; pods on %s cannot be reached", err, l.Node))
+			s.refuse(c.Lease, KindLease, fmt.Sprintf("%v; pods on %s cannot be reached", err, c.Node))
 			good = false
 		}
 	}
-	return c, good
+	return good
 }
 
 func (s *settling) refuse(l Lease, kind, text string) {

@@ -13,8 +13,8 @@ import (
 // dumpBuffer is more than the kernel puts into one part of a dump (32 kB, netlink_recvmsg in net/netlink/af_netlink.c).
 const dumpBuffer = 64 << 10
 
-// eachAnswer asks for a dump and calls each for every object in it. What each gets is good until it returns: unlike with
-// the library, which copies every part and every header, nothing is left for the garbage collector.
+// eachAnswer asks for a dump and calls each for every object in it. What each gets is good until it returns: unlike
+// with the library, which copies every part and every header, nothing is left for the garbage collector.
 func (c *conn) eachAnswer(typ uint16, m message, each func(msg []byte)) error {
 	h := c.sockets[c.protocol]
 	h.Socket.Lock()

@@ -338,8 +338,8 @@ func askSecondAdd(t *testing.T, h host) {
 	settled(t, h, sample())
 }
 
-// askFailuresAmongMany makes many changes at once, of which every third must fail, and so many that their failures alone
-// are more than one batch.
+// askFailuresAmongMany makes many changes at once, of which every third must fail, and so many that their failures
+// alone are more than one batch.
 func askFailuresAmongMany(t *testing.T, h host) {
 	want := sample()
 	pass(t, h, want)

@@ -46,7 +46,8 @@ func (s *survey) lookAtRoutes() error {
 	return s.lookForStrangeRoutes()
 }
 
-// routes returns the routes of one family that have the protocol and are in the table; 0 stands for all.
+// routes returns the routes of one family that have the protocol and are in the table; 0 stands for all tables, and for
+// all protocols but ours.
 func (k *Kernel) routes(family, protocol uint8, table int) (routes []route, err error) {
 	err = k.eachRoute(family, protocol, table, func() { routes = routes[:0] }, func(r route) { routes = append(routes, r) })
 	return routes, err
@@ -61,6 +62,9 @@ func (k *Kernel) eachRoute(family, protocol uint8, table int, reset func(), take
 		m.u32(unix.RTA_TABLE, uint32(table))
 	}
 	err := k.conn.dump(unix.RTM_GETROUTE, m, reset, func(b []byte) {
+		if protocol == 0 && len(b) >= unix.SizeofRtMsg && b[5] == backend.Owner {
+			return // there are thousands
+		}
 		r, ok := parseRoute(b)
 		if ok && r.family == family && r.flags&unix.RTM_F_CLONED == 0 &&
 			(protocol == 0 || r.protocol == protocol) && (table == unix.RT_TABLE_UNSPEC || r.key.Table == table) {
@@ -115,7 +119,7 @@ func (s *survey) lookForStrangeRoutes() error {
 		s.noteAlien(p, routes)
 		for _, r := range routes {
 			key := s.routeKey(r)
-			if r.protocol == backend.Owner || r.tos != 0 || !missing[key] {
+			if r.tos != 0 || !missing[key] {
 				continue
 			}
 			delete(missing, key) // one stranger in a place is enough

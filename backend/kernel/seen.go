@@ -2,8 +2,9 @@ package kernel
 
 import "maps"
 
-// A seen is what was read of one kind of object. Where all of it is as wanted, which with ten thousand routes costs most of
-// a pass to find out, the wanted map itself is the answer: no second one is made, and nobody needs to compare the two.
+// A seen is what was read of one kind of object. Where all of it is as wanted, which with ten thousand routes costs
+// most of a pass to find out, the wanted map itself is the answer: no second one is made, and nobody needs to compare
+// the two.
 type seen[K comparable, V any] struct {
 	want  map[K]V
 	right []K // of objects that are as wanted

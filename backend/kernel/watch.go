@@ -9,14 +9,10 @@ import (
 	"slices"
 	"syscall"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 )
-
-// watchBuffer is how many bytes of notifications may wait. Programming a thousand peers makes some thousand.
-const watchBuffer = 4 << 20
 
 // Of linux/netconf.h; x/sys/unix does not have them.
 const (
@@ -37,7 +33,7 @@ func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring f
 	if err != nil {
 		return err
 	}
-	defer routing.Close()
+	defer routing.close()
 	w := &watcher{kernel: k, uplink: uplink}
 	if err := w.reset(); err != nil {
 		return err
@@ -46,7 +42,7 @@ func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring f
 	if filter, err := subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
 		k.log.Info("changes of the packet filter are found by looking, not at once", "why", err)
 	} else {
-		defer filter.Close()
+		defer filter.close()
 		lost := func() error { return nil } // nothing is remembered
 		g.Go(func() error { return k.listen(ctx, filter, heardFilter, lost, ring) })
 	}
@@ -55,25 +51,14 @@ func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring f
 	return g.Wait()
 }
 
-func subscribe(protocol int, groups ...uint) (*nl.NetlinkSocket, error) {
-	s, err := nl.Subscribe(protocol, groups...)
-	if err != nil {
-		return nil, fmt.Errorf("subscribing to the kernel's notifications: %w", err)
-	}
-	if s.SetReceiveBufferSize(watchBuffer, true) != nil { // beyond the limit of net.core.rmem_max
-		_ = s.SetReceiveBufferSize(watchBuffer, false) // up to it; if it is too small, a loss rings
-	}
-	return s, nil
-}
-
 // listen rings for each batch of notifications in which one was heard that matters. The socket stays subscribed while
 // it loses some, so a ring after a loss is never too early.
-func (k *Kernel) listen(ctx context.Context, s *nl.NetlinkSocket, heard func(syscall.NetlinkMessage) bool,
+func (k *Kernel) listen(ctx context.Context, s *subscription, heard func(syscall.NetlinkMessage) bool,
 	reset func() error, ring func()) error {
-	stop := context.AfterFunc(ctx, s.Close)
+	stop := context.AfterFunc(ctx, s.close)
 	defer stop()
 	for {
-		msgs, _, err := s.Receive()
+		msgs, err := s.receive()
 		switch {
 		case ctx.Err() != nil:
 			return nil

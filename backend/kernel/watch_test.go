@@ -99,7 +99,9 @@ func TestLostNotificationsRing(t *testing.T) {
 	h.ns.Do(t, func() {
 		s, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_IFADDR)
 		if err == nil {
-			err = s.SetReceiveBufferSize(1, false)
+			err = s.conn.Control(func(fd uintptr) {
+				err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1)
+			})
 		}
 		if err != nil {
 			t.Errorf("subscribing: %v", err)
@@ -195,4 +197,24 @@ func TestForwardingEntryIsChangedByHandAndNothingRings(t *testing.T) {
 		r.await(t, c)
 		r.quiet()
 	}
+}
+
+// Twenty pods a second that come or go would otherwise be five passes a second, each of which reads everything.
+func TestPodThatComesOrGoesRings(t *testing.T) {
+	h := newRealHost(t)
+	pass(t, h, sample())
+	r := watch(t, h, func(dev string) bool { return dev == "eth0" })
+	for _, what := range []string{
+		"ip link add pod1 group 116 mtu 1450 type veth peer name inside", "ip link set pod1 master tweed0 up",
+		"ip link set inside up", "bridge link set dev pod1 hairpin on",
+		"bridge fdb add 0a:58:0a:f4:03:05 dev pod1 master static",
+		"ip neigh add 10.244.3.5 lladdr 0a:58:0a:f4:03:05 dev tweed0", "ip link del pod1",
+	} {
+		h.ns.Run(t, what)
+		if r.quiet() {
+			t.Errorf("it rings after: %s", what)
+		}
+	}
+	h.ns.Run(t, "ip link set tweed0 mtu 1400")
+	r.await(t, "a change of the bridge itself")
 }

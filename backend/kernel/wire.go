@@ -70,8 +70,8 @@ func (c *conn) get(typ uint16, m message) ([]byte, error) {
 	return msgs[0], nil
 }
 
-// dump calls each for every object that m asks for; each must not keep what it gets. It starts over when objects changed
-// meanwhile, so before each try reset is called.
+// dump calls each for every object that m asks for; each must not keep what it gets. It starts over when objects
+// changed meanwhile, so before each try reset is called.
 func (c *conn) dump(typ uint16, m message, reset func(), each func(msg []byte)) error {
 	const tries = 10
 	var err error

@@ -5,13 +5,15 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
+	"time"
 )
 
-// auditPolicy has each request of the daemons written down as it arrives.
+// auditPolicy has each request of the daemons written down as it arrives, and when it has been answered.
 const auditPolicy = `apiVersion: audit.k8s.io/v1
 kind: Policy
-omitStages: [ResponseStarted, ResponseComplete, Panic]
+omitStages: [ResponseStarted, Panic]
 rules:
 - level: Metadata
   users: ["system:serviceaccount:` + account + `:` + account + `"]
@@ -36,10 +38,29 @@ func auditLog() string { return filepath.Join(filesOf("cp"), "audit.log") }
 type Request struct {
 	Verb string `json:"verb"` // list, watch, get, patch, create
 	URI  string `json:"requestURI"`
+
+	Stage string    `json:"stage"`
+	At    time.Time `json:"stageTimestamp"`
 }
 
 // Requests are those that daemons have made since Audit, in their order.
-func (c *Cluster) Requests(t testing.TB) (all []Request) {
+func (c *Cluster) Requests(t testing.TB) []Request {
+	t.Helper()
+	return slices.DeleteFunc(c.audited(t), func(r Request) bool { return r.Stage != "RequestReceived" })
+}
+
+// ListSent is when the API server had answered the last list of a daemon, to its last byte.
+func (c *Cluster) ListSent(t testing.TB) (at time.Time) {
+	t.Helper()
+	for _, r := range c.audited(t) {
+		if r.Stage == "ResponseComplete" && r.Verb == "list" {
+			at = r.At
+		}
+	}
+	return at
+}
+
+func (c *Cluster) audited(t testing.TB) (all []Request) {
 	t.Helper()
 	b, err := os.ReadFile(auditLog())
 	if err != nil && !os.IsNotExist(err) {

@@ -105,6 +105,23 @@ func (n *Node) Report() (r Report, err error) {
 	return r, json.Unmarshal(b, &r)
 }
 
+// Passes is how many passes the daemon has made, by its metrics.
+func (n *Node) Passes(t testing.TB) int {
+	t.Helper()
+	b, err := n.get("/metrics")
+	if err != nil {
+		t.Fatalf("the metrics of the daemon on %s: %v", n.Name, err)
+	}
+	for line := range strings.Lines(string(b)) {
+		var passes int
+		if n, _ := fmt.Sscanf(line, "tweed_pass_duration_seconds_count %d", &passes); n == 1 {
+			return passes
+		}
+	}
+	t.Fatalf("the metrics of the daemon on %s do not count passes", n.Name)
+	return 0
+}
+
 func (n *Node) get(path string) ([]byte, error) {
 	client := http.Client{
 		Timeout:   5 * time.Second,

@@ -20,12 +20,11 @@ import (
 	"k8s.io/client-go/kubernetes"
 )
 
-// fleetConf is a net-conf.json with room for a fleet.
-const fleetConf = `{
-  "Network": "10.128.0.0/9", "IPv6Network": "fd00:10:244::/48", "EnableIPv6": true, "IPv6SubnetLen": 64,%s
-  "Backend": {"Type": "vxlan"}
-}
-`
+// fleetConf is a net-conf.json with room for a fleet, and fleetConf6 what it has besides where the fleet is dual-stack.
+const (
+	fleetConf  = `{"Network": "10.128.0.0/9",%s "Backend": {"Type": "vxlan"}}`
+	fleetConf6 = `"IPv6Network": "fd00:10:244::/48", "EnableIPv6": true, "IPv6SubnetLen": 64,`
+)
 
 // fleetWriters is how many clients write a fleet at once: more only queue in the API server.
 const fleetWriters = 12
@@ -41,7 +40,8 @@ const imagesOfNode = 50
 type Fleet struct {
 	Size int
 
-	api *kubernetes.Clientset
+	api      *kubernetes.Clientset
+	onlyIPv4 bool
 }
 
 // AddFleet registers so many Nodes. They stay until the cluster ends. The first is written by the requests that make a
@@ -61,13 +61,21 @@ func (c *Cluster) AddFleet(t testing.TB, size int) *Fleet {
 	if err != nil {
 		t.Fatalf("registering Node %s: %v", fleetName(0), err)
 	}
+	f.each(t, 1, size, func(i int) error { return f.copy(t.Context(), first, i) })
+	return f
+}
+
+// each calls write for the Nodes from that number up to another, several at once.
+func (f *Fleet) each(t testing.TB, from, to int, write func(i int) error) {
+	t.Helper()
 	var next atomic.Int64
+	next.Store(int64(from) - 1)
 	var all sync.WaitGroup
 	for range fleetWriters {
 		all.Go(func() {
-			for i := int(next.Add(1)); i < size && !t.Failed(); i = int(next.Add(1)) {
-				if err := f.copy(t.Context(), first, i); err != nil {
-					t.Errorf("registering Node %s: %v", fleetName(i), err)
+			for i := int(next.Add(1)); i < to && !t.Failed(); i = int(next.Add(1)) {
+				if err := write(i); err != nil {
+					t.Errorf("writing Node %s: %v", fleetName(i), err)
 				}
 			}
 		})
@@ -76,7 +84,66 @@ func (c *Cluster) AddFleet(t testing.TB, size int) *Fleet {
 	if t.Failed() {
 		t.FailNow()
 	}
-	return f
+}
+
+// OnlyIPv4 has all of a fleet publish IPv4 leases alone from now on. A daemon that joins speaks what the fleet does.
+func (f *Fleet) OnlyIPv4(t testing.TB) {
+	t.Helper()
+	f.onlyIPv4 = true
+	f.Replace(t, 0, f.Size, 0)
+}
+
+// Replace has the Nodes from that number up to another publish, all at once, the leases of Nodes whose numbers are
+// higher by shift: other machines under the same names.
+func (f *Fleet) Replace(t testing.TB, from, to, shift int) {
+	t.Helper()
+	f.each(t, from, to, func(i int) error { return f.publish(t.Context(), i, f.lease(i+shift)) })
+}
+
+// Withdraw has a Node publish nothing any more.
+func (f *Fleet) Withdraw(t testing.TB, i int) {
+	t.Helper()
+	none := map[string]any{}
+	for key := range fleetLease(i) {
+		none[key] = nil
+	}
+	f.each(t, i, i+1, func(i int) error { return f.publish(t.Context(), i, none) })
+}
+
+func (f *Fleet) publish(ctx context.Context, i int, annotations map[string]any) error {
+	body := map[string]any{"metadata": map[string]any{"annotations": annotations}}
+	_, err := f.patch(ctx, fleetName(i), "tweed", body)
+	return err
+}
+
+// lease is fleetLease in the families that the fleet speaks.
+func (f *Fleet) lease(i int) map[string]any {
+	all := map[string]any{}
+	for key, value := range fleetLease(i) {
+		if f.onlyIPv4 && key != "tweed.dev/backend-data" {
+			value, _, _ = strings.Cut(value, ",")
+		}
+		all[key] = value
+	}
+	return all
+}
+
+// A Peer is what a node has to know of one of a fleet.
+type Peer struct {
+	Subnets []string // those of the families that the fleet speaks
+	Host    string
+	MAC     string
+	Gateway string // the link-local address that belongs to MAC
+}
+
+// Peer returns what the Node with that number publishes.
+func (f *Fleet) Peer(i int) Peer {
+	p := Peer{Subnets: FleetSubnets(i), Host: fleetAddrs(i)[0], MAC: fleetMAC(i),
+		Gateway: fmt.Sprintf("fe80::c6b:5aff:fe00:%x", i)}
+	if f.onlyIPv4 {
+		p.Subnets = p.Subnets[:1]
+	}
+	return p
 }
 
 // copy makes the Node with that number like the first.
@@ -183,6 +250,9 @@ func (f *Fleet) patch(ctx context.Context, name, manager string, body any, part 
 // are more of net-conf.json, each with a comma behind it.
 func (f *Fleet) Join(t testing.TB, n *Node, keys string) {
 	t.Helper()
+	if !f.onlyIPv4 {
+		keys += fleetConf6
+	}
 	n.Configure(t, fmt.Sprintf(fleetConf, keys))
 	if _, err := f.grow(t.Context(), n.Name, n.PodCIDRs, nil); err != nil {
 		t.Fatalf("joining Node %s to the fleet: %v", n.Name, err)
@@ -222,9 +292,11 @@ func fleetLease(i int) map[string]string {
 		"tweed.dev/host":         addrs[0] + "," + addrs[1],
 		"tweed.dev/network":      "10.128.0.0/9,fd00:10:244::/48",
 		"tweed.dev/backend":      "vxlan",
-		"tweed.dev/backend-data": fmt.Sprintf(`{"vni":1,"port":8472,"mac":"0e:6b:5a:00:%02x:%02x"}`, i>>8, i&0xff),
+		"tweed.dev/backend-data": fmt.Sprintf(`{"vni":1,"port":8472,"mac":%q}`, fleetMAC(i)),
 	}
 }
+
+func fleetMAC(i int) string { return fmt.Sprintf("0e:6b:5a:00:%02x:%02x", i>>8, i&0xff) }
 
 // fleetNode is what a kubelet registers where a cloud's machines are large and have a disk driver.
 func fleetNode(i int) *corev1.Node {

@@ -30,8 +30,7 @@ type Pod struct {
 // AddPod makes a pod as a runtime does: a namespace, then ADD with the configuration that the daemon wrote.
 func (n *Node) AddPod(t testing.TB, name string) *Pod {
 	t.Helper()
-	p := &Pod{Name: name, Node: n, NetNS: NewNetNS(t, filepath.Join(n.dir, "run/netns", name))}
-	n.Pods = append(n.Pods, p)
+	p := n.NewPod(t, name)
 	list, err := libcni.ConfListFromFile(n.AwaitConflist(t))
 	if err != nil {
 		t.Fatalf("reading the CNI configuration of %s: %v", n.Name, err)
@@ -54,6 +53,29 @@ func (n *Node) AddPod(t testing.TB, name string) *Pod {
 	return p
 }
 
+// NewPod makes a pod's namespace, which is not attached.
+func (n *Node) NewPod(t testing.TB, name string) *Pod {
+	t.Helper()
+	p := &Pod{Name: name, Node: n, NetNS: NewNetNS(t, filepath.Join(n.dir, "run/netns", name))}
+	n.Pods = append(n.Pods, p)
+	return p
+}
+
+// Attach runs ADD, and Detach DEL: no servers are in the pod, and it keeps its namespace.
+func (p *Pod) Attach(ctx context.Context) error {
+	return p.call(func(c *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
+		_, err := c.AddNetworkList(ctx, list, p.runtimeConf())
+		return err
+	})
+}
+
+// Detach runs DEL.
+func (p *Pod) Detach(ctx context.Context) error {
+	return p.call(func(c *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
+		return c.DelNetworkList(ctx, list, p.runtimeConf())
+	})
+}
+
 func (p *Pod) String() string { return p.Node.Name + "/" + p.Name }
 
 // Check runs CHECK.
@@ -65,10 +87,7 @@ func (p *Pod) Check(ctx context.Context) error {
 
 // Remove runs DEL and lets the namespace go.
 func (p *Pod) Remove(ctx context.Context) error {
-	err := p.call(func(c *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
-		return c.DelNetworkList(ctx, list, p.runtimeConf())
-	})
-	if err != nil {
+	if err := p.Detach(ctx); err != nil {
 		return err
 	}
 	return p.letGo()
