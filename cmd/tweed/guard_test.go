@@ -249,6 +249,13 @@ func (c *siege) still() {
 	}
 }
 
+// tracks reports whether a node keeps a connection for what n1 sends others.
+func (c *siege) tracks(node string) bool {
+	c.t.Helper()
+	list := c.addr("conntrack -f ipv4", "conntrack -f ipv6") + " -L -p udp --orig-port-dst 8472 -s " + c.of(11)
+	return strings.Contains(c.nodes[node].Run(c.t, list), "dport=8472")
+}
+
 func inEachSiege(t *testing.T, test func(t *testing.T, form masq.Form, family masq.Family)) {
 	for _, form := range []masq.Form{masq.IPTables, masq.NFTables} {
 		for _, family := range []masq.Family{masq.IPv4, masq.IPv6} {
@@ -270,6 +277,9 @@ func TestAttackerGetsAFrameIntoAPod(t *testing.T) {
 			}
 		}
 		c.still()
+		if c.tracks("n1") || c.tracks("n2") {
+			t.Error("connections are tracked")
+		}
 	})
 }
 
@@ -286,6 +296,9 @@ func TestAttacksProveNothing(t *testing.T) {
 			}
 			if n := c.drops(); len(n) > 0 {
 				t.Errorf("counted without a guard: %v", n)
+			}
+			if !c.tracks("n1") {
+				t.Error("no connection is tracked, and that would not be seen")
 			}
 		})
 	}
