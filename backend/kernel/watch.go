@@ -227,7 +227,8 @@ func (w *watcher) heardRoute(b []byte) bool {
 }
 
 // heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair. What needs no
-// asking (NOARP) is the kernel's own, of multicast addresses, unless it is permanent as well, as the bridge command does.
+// asking (NOARP) is the kernel's own, of multicast addresses, unless it is permanent as well, which is how the bridge
+// command makes it.
 func (w *watcher) heardNeigh(b []byte) bool {
 	n, ok := parseNeigh(b)
 	l := w.links[n.index]
