@@ -65,6 +65,7 @@ func faults() []fault {
 		{does: "ip link set tweed.1 mtu 1400", want: map[string]int{"link": 1}},
 		{does: "ip link set tweed0 mtu 1300", want: map[string]int{"link": 1}},
 		{does: "ip link set tweed.1 address 0e:00:00:00:00:55", want: map[string]int{"link": 1, "neighbour": 2}},
+		// Pods learn the wrong address, and then the right one.
 		{does: "ip link set tweed0 address 0e:00:00:00:00:55", want: map[string]int{"link": 1}},
 		{does: "ip link set tweed.1 type vxlan id 1 learning", want: map[string]int{"link": 1}},
 		{does: "ip link set tweed.1 type vxlan id 1 local 192.0.2.99", want: map[string]int{"link": 1}},
@@ -80,7 +81,7 @@ func faults() []fault {
 		{does: "ip link del tweed.1",
 			want: map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 1}},
 		// The pod's veth is a port of it.
-		{does: "ip link del tweed0", want: map[string]int{"link": 1, "address": 2, "route": 2, "sysctl": 2, "port": 1}},
+		{does: "ip link del tweed0", want: map[string]int{"link": 1, "address": 2, "route": 2, "sysctl": 4, "port": 1}},
 		{does: "ip link set pod nomaster", want: map[string]int{"port": 1}, silent: true},
 		{does: "ip link set pod type bridge_slave hairpin off", want: map[string]int{"port": 1}, silent: true},
 		{does: "ip link set pod down", want: map[string]int{"port": 1}, silent: true},
@@ -93,6 +94,8 @@ func faults() []fault {
 		{does: "sysctl -w net.ipv6.conf.tweed/1.accept_ra=1", want: map[string]int{"sysctl": 1}, silent: true},
 		{does: "sysctl -w net.ipv6.conf.tweed0.accept_ra=1", want: map[string]int{"sysctl": 1}, silent: true},
 		{does: "sysctl -w net.ipv6.conf.tweed0.accept_dad=1", want: map[string]int{"sysctl": 1}, silent: true},
+		{does: "sysctl -w net.ipv6.conf.tweed0.ndisc_notify=0", want: map[string]int{"sysctl": 1}, silent: true},
+		{does: "sysctl -w net.ipv4.conf.tweed0.arp_notify=0", want: map[string]int{"sysctl": 1}, silent: true},
 	}
 }
 

@@ -93,6 +93,7 @@ func (v *victim) dump() string {
 		for dev in tweed.1 tweed0; do
 			ip -d -o link show $dev; ip -o addr show scope global dev $dev; ethtool -k $dev | grep tx-checksumming
 			sysctl net/ipv6/conf/$dev/accept_ra net/ipv6/conf/$dev/accept_dad
+			sysctl net/ipv6/conf/$dev/ndisc_notify net/ipv4/conf/$dev/arp_notify
 		done
 		ip route show table all proto 116; ip -6 route show table all proto 116
 		ip -d -o link show pod
