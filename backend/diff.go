@@ -19,8 +19,8 @@ import (
 //
 // What a stranger stands in the way of is not planned, nor anything that hangs on a link that a stranger's name or
 // identifiers keep from being; each stranger makes one Problem, of the peer that the object was for, or with no Node
-// where it was for this node. Settings (Sysctls) have no absence: one that is not wanted is left as it is. Ports are only
-// changed: one that is not there goes with its pod, or has yet to come.
+// where it was for this node. Settings (Sysctls) have no absence: one that is not wanted is left as it is. Ports are
+// changed and nothing else: one that is not there went with its pod, or has yet to come.
 func Diff(want State, have Observed) (ops []Op, problems []subnet.Problem) {
 	d := &differ{}
 	d.heed(want, have.Strangers)

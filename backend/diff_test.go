@@ -70,9 +70,11 @@ func TestChangesThatTakeOthersWithThem(t *testing.T) {
 		have: func() backend.State { return backend.State{} },
 		ops: newDevice + `ip link add tweed0 group 116 address 66:4a:10:cd:b0:20 up type bridge mcast_snooping 0 ` +
 			`nf_call_iptables 1 nf_call_ip6tables 1 && ip link set dev tweed0 mtu 1450
+sysctl -w net/ipv4/conf/tweed0/arp_notify=1
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
 sysctl -w net/ipv6/conf/tweed0/accept_dad=0
 sysctl -w net/ipv6/conf/tweed0/accept_ra=0
+sysctl -w net/ipv6/conf/tweed0/ndisc_notify=1
 sysctl -w net/ipv4/ip_forward=1
 sysctl -w net/ipv6/conf/all/forwarding=1
 ip addr add 10.244.3.0/32 dev tweed.1
@@ -292,10 +294,12 @@ func TestPlanForwardsLast(t *testing.T) {
 	clear(have.Sysctls)
 	ops, _ := backend.Diff(want, backend.Observed{State: have})
 	got := strings.Join(commands(ops), "\n")
-	if got != `sysctl -w net/ipv6/conf/eth0/accept_ra=2
+	if got != `sysctl -w net/ipv4/conf/tweed0/arp_notify=1
+sysctl -w net/ipv6/conf/eth0/accept_ra=2
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
 sysctl -w net/ipv6/conf/tweed0/accept_dad=0
 sysctl -w net/ipv6/conf/tweed0/accept_ra=0
+sysctl -w net/ipv6/conf/tweed0/ndisc_notify=1
 sysctl -w net/ipv4/ip_forward=1
 sysctl -w net/ipv6/conf/all/forwarding=1` {
 		t.Errorf("got\n%s", got)

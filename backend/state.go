@@ -172,7 +172,7 @@ type Sysctl struct {
 }
 
 // A Port is the host's end of a pod's interface, as a port of a bridge of ours. The plugin makes and removes the device;
-// what State wants is that one which is there is open.
+// State wants one that is there to be open.
 type Port struct {
 	Name    string // of the device
 	Bridge  string // which it is a port of; empty for none

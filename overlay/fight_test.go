@@ -92,7 +92,8 @@ func TestFightHidesAnotherFault(t *testing.T) {
 		f.note(Plan{Ops: add(routeTo("10.244.2.0/24")), Again: true}, result{of: []string{done}}, now)
 	}
 	ops := add(routeTo("10.244.2.0/24"), routeTo("10.244.3.0/24"))
-	if problems, over := f.note(Plan{Ops: ops, Again: true}, result{of: []string{done, done}}, now); over || len(problems) != 1 {
+	problems, over := f.note(Plan{Ops: ops, Again: true}, result{of: []string{done, done}}, now)
+	if over || len(problems) != 1 {
 		t.Errorf("all of it is a fight: %v; %v", over, problems)
 	}
 }
@@ -119,8 +120,8 @@ func TestFightOverManyObjects(t *testing.T) {
 
 func TestFightIsNamedWithAWayOut(t *testing.T) {
 	for _, kind := range backend.Kinds() {
-		if text := fightText("COMMAND", kind); !strings.Contains(text, "`COMMAND`") || !strings.Contains(text, " 5 times") ||
-			!strings.Contains(text, "; ") {
+		text := fightText("COMMAND", kind)
+		if !strings.Contains(text, "`COMMAND`") || !strings.Contains(text, " 5 times") || !strings.Contains(text, "; ") {
 			t.Errorf("%s: %s", kind, text)
 		}
 	}
@@ -140,16 +141,16 @@ func TestFightIsNamedWithAWayOut(t *testing.T) {
 			t.Errorf("%s: nothing leads to %s (%v)", kind, file, err)
 		}
 		for line := range strings.Lines(string(text)) {
-			set, _, setting := strings.Cut(strings.TrimSpace(line), "=")
-			if setting && strings.HasPrefix(set, "ManageForeign") && !strings.Contains(string(install), strings.TrimSpace(line)) {
+			line = strings.TrimSpace(line)
+			if strings.HasPrefix(line, "ManageForeign") && !strings.Contains(string(install), line) {
 				t.Errorf("docs/install.md does not say %s", line)
 			}
 		}
 	}
 }
 
-// harassed runs a node's passes, and its watch of the kernel if it hears, in time that passes as fast as f waits. What the
-// log has is returned when f has.
+// harassed runs a node's passes, and its watch of the kernel if it hears, in time that passes as fast as f waits. It
+// returns what the log has by then.
 func harassed(t *testing.T, hears bool, f func(n *node)) (log string) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {

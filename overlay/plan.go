@@ -226,8 +226,8 @@ func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) (e
 	return nil
 }
 
-// ports says how the pods' ends on this host should be. They are no part of what is desired, because they come and go all
-// the time without a pass.
+// ports says how the pods' ends on this host should be. They are no part of what is desired: they come and go all the
+// time without a pass.
 func (p *Planner) ports() (map[string]backend.Port, error) {
 	veths, err := podnet.Veths(p.RunDir)
 	if err != nil {

@@ -35,8 +35,8 @@ type Reconciler struct {
 	Announcer Announcer
 	// MetricsAddress may be set before Run, to a HOST:PORT that CheckMetricsAddress takes; empty for none.
 	MetricsAddress string
-	// Interval is the time after which a pass is made although no bell rang, because some changes ring none. It may be set
-	// before Run; 30 s if zero.
+	// Interval is the time after which a pass is made although no bell rang: some changes ring none. It may be set before
+	// Run; 30 s if zero.
 	Interval time.Duration
 
 	planner *Planner

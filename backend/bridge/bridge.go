@@ -46,6 +46,10 @@ func (c Config) Desired(subnets []netip.Prefix) backend.State {
 	// The bridge asks its pods for their MAC from its link-local address, which it has from its first port on. Until
 	// nobody has objected to that, for one second or two, nothing would reach the first pod by IPv6.
 	set(s, "net/ipv6/conf/"+c.Name+"/accept_dad", "0")
+	// A bridge whose MAC is changed, or changed back, says so. Else a pod that has learned the wrong one meanwhile would
+	// send there for half a minute.
+	set(s, "net/ipv4/conf/"+c.Name+"/arp_notify", "1")
+	set(s, "net/ipv6/conf/"+c.Name+"/ndisc_notify", "1")
 	for _, p := range subnets {
 		c.serve(s, p)
 	}

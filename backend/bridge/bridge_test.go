@@ -13,8 +13,10 @@ import (
 
 const link = `ip link add tweed0 group 116 address 66:4a:10:cd:b0:20 up type bridge mcast_snooping 0 ` +
 	`nf_call_iptables 1 nf_call_ip6tables 1 && ip link set dev tweed0 mtu 1450
+sysctl -w net/ipv4/conf/tweed0/arp_notify=1
 sysctl -w net/ipv6/conf/tweed0/accept_dad=0
 sysctl -w net/ipv6/conf/tweed0/accept_ra=0
+sysctl -w net/ipv6/conf/tweed0/ndisc_notify=1
 `
 
 func TestDesired(t *testing.T) {

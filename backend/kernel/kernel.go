@@ -107,8 +107,8 @@ func (k *Kernel) remember(name string, index int) {
 	}
 }
 
-// isInWay reports whether a stranger that key is of stood in our way when Observe looked last. Of a link it is the index,
-// of a route or a rule its key.
+// isInWay reports whether a stranger stood in our way when Observe looked last. The key of a link is its index, that of
+// a route or a rule is State's.
 func (k *Kernel) isInWay(key any) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()

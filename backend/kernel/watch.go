@@ -209,8 +209,9 @@ func (w *watcher) heardRoute(b []byte) bool {
 	return r.isWay(near) && (slices.ContainsFunc(r.devs(), leaves) || near(r.key.Dst))
 }
 
-// heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair. What the kernel
-// makes by itself, of multicast addresses, is not permanent; what the bridge command makes is both.
+// heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair. What needs no
+// asking (NOARP) is the kernel's own, of multicast addresses, unless it is permanent as well, which is how the bridge
+// command makes it.
 func (w *watcher) heardNeigh(b []byte) bool {
 	n, ok := parseNeigh(b)
 	l := w.links[n.index]

@@ -73,8 +73,8 @@ func (v *victim) names(text string) {
 	v.awaitShows("curl -s http://127.0.0.1:9479/report", text)
 }
 
-// Whatever a third node publishes, takes back and publishes wrongly is followed or refused by what it says, and n1 and n2
-// go on talking.
+// Whatever a third node publishes, rightly and wrongly, and takes back is followed or refused, and n1 and n2 go on
+// talking.
 func TestThirdNodeDoesWhatNodesDo(t *testing.T) {
 	t.Parallel()
 	v := newVictim(t, "nftables", intervalVar+"=1h")
@@ -98,7 +98,8 @@ func TestThirdNodeDoesWhatNodesDo(t *testing.T) {
 
 	third.subnets = "10.244.29.0/24,fd00:10:244:9::/64"
 	v.publishes(third)
-	v.leads("another subnet of one family", []string{"10.244.29.0/24 via 10.244.29.0 ", "fd00:10:244:9::/64 via"}, "10.244.9.0")
+	v.leads("another subnet of one family", []string{"10.244.29.0/24 via 10.244.29.0 ", "fd00:10:244:9::/64 via"},
+		"10.244.9.0")
 	third.subnets = "10.244.29.0/24,fd00:10:244:29::/64"
 	v.publishes(third)
 	v.leads("another subnet of the other", []string{"10.244.29.0/24 via", "fd00:10:244:29::/64 via"}, "fd00:10:244:9::")
@@ -107,7 +108,8 @@ func TestThirdNodeDoesWhatNodesDo(t *testing.T) {
 	v.leads("one family less", []string{"10.244.29.0/24 via"}, "fd00:10:244:29::")
 
 	// What a peer leaves behind is gone already, and the next one does not wait for it.
-	v.shell("ip route del 10.244.29.0/24; ip neigh del 10.244.29.0 dev tweed.1; bridge fdb del " + renewed + " dev tweed.1")
+	v.shell("ip route del 10.244.29.0/24; ip neigh del 10.244.29.0 dev tweed.1")
+	v.shell("bridge fdb del " + renewed + " dev tweed.1")
 	v.leaves("n3")
 	v.publishes(published{node: "n4", subnets: "10.244.4.0/24", mac: "0e:00:00:00:00:04"})
 	v.leads("a peer that is gone already", []string{"10.244.4.0/24 via", "0e:00:00:00:00:04"}, "10.244.29.0", renewed)
