@@ -9,9 +9,13 @@ import (
 	"time"
 
 	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
+
+// kindFilter is that of what the packet filter consists of.
+const kindFilter = "filter"
 
 const (
 	// pace is the shortest time from the end of one pass to the next. It keeps a storm of events from making us spin.
@@ -250,16 +254,40 @@ type result struct {
 	blocked  bool // an operation for this node itself failed
 }
 
-// apply makes the changes in order. A failed one keeps back only what hangs on the same link.
+// An obstacle is what failed operations keep others from.
+type obstacle struct {
+	missing map[string]bool // links that could not be had
+	// incomplete is set where something could not be put into the packet filter.
+	incomplete bool
+}
+
+// bars reports whether an operation must not be tried: it hangs on a link that is missing, or it takes away of the packet
+// filter what may have to stand in for what is missing there.
+func (o *obstacle) bars(op backend.Op) bool {
+	return o.missing[backend.Device(op.What)] || o.incomplete && masq.Retires(op)
+}
+
+// grow takes in an operation that failed.
+func (o *obstacle) grow(op backend.Op) {
+	if op.Do == backend.Delete {
+		return
+	}
+	if link, ok := op.What.(backend.Link); ok {
+		o.missing[link.Name] = true
+	}
+	o.incomplete = o.incomplete || op.What.Kind() == kindFilter
+}
+
+// apply makes the changes in order. A failed one keeps back no more than it has to.
 func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 	var res result
-	missing := map[string]bool{}
+	in := obstacle{missing: map[string]bool{}}
 	for _, op := range ops {
 		if ctx.Err() != nil {
 			res.blocked = true
 			return res
 		}
-		if missing[backend.Device(op.What)] {
+		if in.bars(op) {
 			res.of = append(res.of, skipped)
 			continue
 		}
@@ -272,9 +300,7 @@ func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 		res.blocked = res.blocked || op.Peer == ""
 		res.problems = append(res.problems, subnet.Problem{
 			Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
-		if link, ok := op.What.(backend.Link); ok && op.Do != backend.Delete {
-			missing[link.Name] = true
-		}
+		in.grow(op)
 	}
 	return res
 }
