@@ -98,3 +98,28 @@ func TestHostThatCannotBeReadAtAllIsTakenForAnEmptyOne(t *testing.T) {
 		t.Errorf("changed: %v", n.kern.Ops()[ops:])
 	}
 }
+
+// Where the form changes and the new one cannot be written, the old one is all that there is.
+func TestOldFormGoesAlthoughTheNewOneCannotBeWritten(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set()
+	n.step(t)
+	n.planner.Config.PacketFilter, n.planner.last = masq.NFTables, inputs{}
+	n.kern.Fail(func(op backend.Op) error {
+		if _, table := op.What.(masq.Table); table && op.Do == backend.Add {
+			return errors.New("another program holds the packet filter")
+		}
+		return nil
+	})
+	rep := n.step(t)
+	rules, err := n.kern.ObserveFilter(t.Context(), masq.Ruleset{})
+	if err != nil || !rules.Has(masq.IPTables) || rep.Skipped == 0 || rep.Converged {
+		t.Errorf("%v, %+v", err, rep)
+	}
+	n.kern.Fail(nil)
+	rep = n.step(t)
+	rules, err = n.kern.ObserveFilter(t.Context(), masq.Ruleset{})
+	if err != nil || rules.Has(masq.IPTables) || !rules.Has(masq.NFTables) || !rep.Converged {
+		t.Errorf("in the end: %v, %+v", err, rep)
+	}
+}

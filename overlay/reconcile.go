@@ -10,9 +10,13 @@ import (
 	"time"
 
 	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
+
+// kindFilter is that of what the packet filter consists of.
+const kindFilter = "filter"
 
 const (
 	// pace is the shortest time from the end of one pass to the next. It keeps a storm of events from making us spin.
@@ -274,24 +278,48 @@ type result struct {
 	blocked  bool // an operation for this node itself failed
 }
 
-// apply makes the changes in order. A failed one keeps back only what hangs on the same link.
+// An obstacle is what failed operations keep others from.
+type obstacle struct {
+	missing map[string]bool // links that could not be had
+	// incomplete is set where something could not be put into the packet filter.
+	incomplete bool
+}
+
+// bars reports whether an operation must not be tried: it hangs on a link that is missing, or it takes away of the packet
+// filter what may have to stand in for what is missing there.
+func (o *obstacle) bars(op backend.Op) bool {
+	return o.missing[backend.Device(op.What)] || o.incomplete && masq.Retires(op)
+}
+
+// grow takes in an operation that failed.
+func (o *obstacle) grow(op backend.Op) {
+	if op.Do == backend.Delete {
+		return
+	}
+	if link, ok := op.What.(backend.Link); ok {
+		o.missing[link.Name] = true
+	}
+	o.incomplete = o.incomplete || op.What.Kind() == kindFilter
+}
+
+// apply makes the changes in order. A failed one keeps back no more than it has to.
 func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 	var res result
-	missing := map[string]bool{}
+	in := obstacle{missing: map[string]bool{}}
 	for len(ops) > 0 {
 		if ctx.Err() != nil {
 			res.blocked = true
 			return res
 		}
-		if missing[backend.Device(ops[0].What)] {
+		if in.bars(ops[0]) {
 			res.of, ops = append(res.of, skipped), ops[1:]
 			continue
 		}
-		now := together(ops, missing)
+		now := in.together(ops)
 		for i, err := range k.ApplyAll(ctx, ops[:now]) {
 			res.note(ops[i], err)
-			if link, ok := ops[i].What.(backend.Link); ok && err != nil && ops[i].Do != backend.Delete {
-				missing[link.Name] = true
+			if err != nil {
+				in.grow(ops[i])
 			}
 		}
 		ops = ops[now:]
@@ -303,11 +331,11 @@ func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 const atOnce = 500
 
 // together is how many operations can be made without a look at what has become of the first. What hangs on a link
-// waits for the link.
-func together(ops []backend.Op, missing map[string]bool) int {
+// waits for the link, and what may go of the packet filter for what comes in its place.
+func (o *obstacle) together(ops []backend.Op) int {
 	n := 1
 	for _, isLink := ops[0].What.(backend.Link); !isLink && n < min(len(ops), atOnce); n++ {
-		if _, isLink = ops[n].What.(backend.Link); isLink || missing[backend.Device(ops[n].What)] {
+		if _, isLink = ops[n].What.(backend.Link); isLink || masq.Retires(ops[n]) || o.bars(ops[n]) {
 			break
 		}
 	}

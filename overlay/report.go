@@ -25,7 +25,7 @@ type Report struct {
 	// Wanted and Found count objects in the kernel, before the operations of the pass.
 	Wanted int `json:"wanted"`
 	Found  int `json:"found"`
-	// Done, Failed and Skipped count operations; one is skipped when the link that it needs could not be had.
+	// Done, Failed and Skipped count operations; one is skipped when what it needs, a link mostly, could not be had.
 	Done    int `json:"done"`
 	Failed  int `json:"failed"`
 	Skipped int `json:"skipped"`

@@ -18,6 +18,16 @@ func Diff(want, have Ruleset) []backend.Op {
 	return append(additions(want, have), removals(want, have)...)
 }
 
+// Retires reports whether op takes away what others of a Diff may have been added instead of. It must not be done where one
+// of these could not be: what is retired may be all that there is.
+func Retires(op backend.Op) bool {
+	switch op.What.(type) {
+	case Table, Chain, Jump, Guest:
+		return op.Do == backend.Delete
+	}
+	return false
+}
+
 func additions(want, have Ruleset) (ops []backend.Op) {
 	add := func(o backend.Object) { ops = append(ops, backend.Op{Do: backend.Add, What: o}) }
 	for _, t := range sorted(want.Tables, compareTables) {

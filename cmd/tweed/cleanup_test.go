@@ -341,6 +341,9 @@ func (n *leaving) inUse(form masq.Form) {
 	back()
 	n.configure(form)
 	stop := n.daemon()
+	if saved := n.Run(t, "iptables-legacy-save"); strings.Contains(saved, "TWEED") {
+		t.Errorf("the daemon leaves, in the iptables that is not in use any more,\n%s", saved)
+	}
 	pod := netnstest.New(t)
 	n.plugin("ADD", pod)
 	_, said, status := n.cleanup("--force")
@@ -354,7 +357,10 @@ func (n *leaving) inUse(form masq.Form) {
 	n.types(`
 		ip link add tweed.9 group 116 type vxlan id 9 dstport 4790 local 192.0.2.11
 		ip route add 10.9.5.0/24 via 192.0.2.1 proto 116
-		ip rule add pref 116 from 10.9.5.0/24 lookup 116 protocol 116`)
+		ip rule add pref 116 from 10.9.5.0/24 lookup 116 protocol 116
+		ip6tables-legacy -t nat -N TWEED-POSTRTG
+		ip6tables-legacy -t nat -A TWEED-POSTRTG -j RETURN
+		ip6tables-legacy -t nat -I POSTROUTING -m comment --comment tweed -j TWEED-POSTRTG`)
 	n.settle()
 	n.unchangedBy("a refusal", func() { _, said, status = n.cleanup() })
 	if status != 1 || !strings.Contains(said, "pods are attached to this node (1, by tweed") ||
