@@ -42,15 +42,19 @@ type siege struct {
 	attacker host
 	victims  map[string]*victim // by node
 	leases   string
-	made     int
 	lan      host
+	made     int // attempts
 }
 
-// victimAddr are the addresses of the victims, and forgedAddr those that an attacker would like to have.
-var (
-	victimAddr = map[string]string{"n1": "10.244.1.6", "n2": "10.244.2.5"}
-	forgedAddr = map[string]string{"n1": "10.244.2.66", "n2": "10.244.1.66"}
-)
+// victimAddr is the address of the victim on a node.
+func victimAddr(node string) string {
+	return map[string]string{"n1": "10.244.1.6", "n2": "10.244.2.5"}[node]
+}
+
+// forgedAddr is one that an attacker would like to have there.
+func forgedAddr(node string) string {
+	return map[string]string{"n1": "10.244.2.66", "n2": "10.244.1.66"}[node]
+}
 
 // addr chooses what is of the underlay's family.
 func (c *siege) addr(four, six string) string {
@@ -99,7 +103,7 @@ func newSiege(t *testing.T, k keep) *siege {
 	}
 	c.attacker = pod(c.nodes["n1"], 1)
 	c.victims["n1"], c.victims["n2"] = newVictim(t, c.neighbour()), newVictim(t, pod(c.nodes["n2"], 2))
-	for _, addr := range append(podAddrs(2), victimAddr["n1"]) {
+	for _, addr := range append(podAddrs(2), victimAddr("n1")) {
 		c.attacker.await("ping -c 1 -W 1 " + addr)
 	}
 	return c
@@ -190,7 +194,7 @@ func (c *siege) make(a attempt, size int) (text string) {
 	c.made++
 	text = fmt.Sprintf("attempt %d", c.made)
 	a.by.Run(c.t, fmt.Sprintf("forge %s %s %s", a.from, a.to,
-		frame{node: a.on, from: forgedAddr[a.on], to: victimAddr[a.on], text: text, size: size}.encapsulated()))
+		frame{node: a.on, from: forgedAddr(a.on), to: victimAddr(a.on), text: text, size: size}.encapsulated()))
 	return text
 }
 
@@ -378,7 +382,7 @@ func TestHostDropsWhatItDoesNotKnow(t *testing.T) {
 		a := attempt{"a stranger", c.stranger, "-", port(c.of(11), 8472), "n1", masq.DroppedStranger}
 		c.fails(a, "where peers are accepted", 0)
 		closed("n2")
-		if out, err := c.attacker.Try(t, "ping -c 1 -W 1 "+victimAddr["n2"]); err == nil {
+		if out, err := c.attacker.Try(t, "ping -c 1 -W 1 "+victimAddr("n2")); err == nil {
 			t.Errorf("the nodes' own filter closes nothing:\n%s", out)
 		}
 	})
