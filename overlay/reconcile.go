@@ -250,7 +250,7 @@ type result struct {
 	blocked  bool // an operation for this node itself failed
 }
 
-// apply makes the changes in order. A failed one keeps back only what hangs on the same link.
+// apply makes the changes in order. A failed one keeps back only what hangs on a link that could not be had.
 func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 	var res result
 	missing := map[string]bool{}
@@ -272,11 +272,18 @@ func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 		res.blocked = res.blocked || op.Peer == ""
 		res.problems = append(res.problems, subnet.Problem{
 			Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
-		if link, ok := op.What.(backend.Link); ok && op.Do != backend.Delete {
+		if link, ok := op.What.(backend.Link); ok && op.Do != backend.Delete && !carries(op.Was) {
 			missing[link.Name] = true
 		}
 	}
 	return res
+}
+
+// carries reports whether a link that could not be changed from what it was can have something hang on it. One that was
+// to be added was nothing.
+func carries(was backend.Object) bool {
+	link, ok := was.(backend.Link)
+	return ok && link.Up
 }
 
 // sleep waits, and reports false when ctx ended first.
