@@ -542,6 +542,28 @@ func (v *victim) failAlways(l life, c call, f fate) {
 	}
 }
 
+func TestLinksThatCannotBeMadeHoldUpOnlyWhatHangsOnThem(t *testing.T) {
+	withVictim(t, masq.NFTables, "", func(v *victim) {
+		l := v.startNew()
+		for _, errno := range errnos {
+			l.ready()
+			v.decide.begin(func(_ int, c call) fate {
+				if c.String() == "NEWLINK" {
+					return fate{refused: errno}
+				}
+				return fate{}
+			})
+			for _, op := range v.check(l.pass(), fate{refused: errno}) {
+				if _, isLink := op.What.(backend.Link); !isLink && backend.Device(op.What) == "" {
+					v.t.Errorf("%s: held up: %s", errno, op)
+				}
+			}
+			v.decide.end()
+			v.healed(aRetry)
+		}
+	})
+}
+
 // common is what a and b both hold.
 func common(a, b backend.State) backend.State {
 	return backend.State{
