@@ -137,7 +137,12 @@ func (v *victim) unfiltered() {
 	other := func(c masq.Chain) bool { return c.Table != masq.FilterTable || c.Family != masq.IPv4 }
 	maps.DeleteFunc(filters.Chains, func(c masq.Chain, _ []masq.Rule) bool { return other(c) })
 	maps.DeleteFunc(filters.Jumps, func(j masq.Jump, _ bool) bool { return other(j.Chain) })
-	v.apply(masq.Diff(masq.Ruleset{}, filters)...)
+	for _, op := range masq.Diff(masq.Ruleset{}, filters) {
+		switch op.What.(type) {
+		case masq.Jump, masq.Chain:
+			v.apply(op)
+		}
+	}
 }
 
 func TestProgramThatNeverWorksIsNamedAndHealsOnceItDoes(t *testing.T) {
