@@ -296,7 +296,7 @@ func (o *obstacle) grow(op backend.Op) {
 	if op.Do == backend.Delete {
 		return
 	}
-	if link, ok := op.What.(backend.Link); ok {
+	if link, ok := op.What.(backend.Link); ok && !carries(op.Was) {
 		o.missing[link.Name] = true
 	}
 	o.incomplete = o.incomplete || op.What.Kind() == kindFilter
@@ -352,6 +352,13 @@ func (res *result) note(op backend.Op, err error) {
 	res.blocked = res.blocked || op.Peer == ""
 	res.problems = append(res.problems, subnet.Problem{
 		Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
+}
+
+// carries reports whether a link that could not be changed from what it was can have something hang on it. One that was
+// to be added was nothing.
+func carries(was backend.Object) bool {
+	link, ok := was.(backend.Link)
+	return ok && link.Up
 }
 
 // sleep waits, and reports false when ctx ended first.

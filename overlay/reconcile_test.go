@@ -311,6 +311,28 @@ func TestDeviceCannotBeHad(t *testing.T) {
 	}
 }
 
+func TestLinkThatCannotBeChangedStillTakesNewPeers(t *testing.T) {
+	n := newNode(t)
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+	n.step(t)
+	n.kern.SetInterface(backend.Interface{Name: "eth0", MTU: 9000, Up: true,
+		Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.11/24")}})
+	n.kern.Fail(func(op backend.Op) error {
+		if op.What.Kind() == "link" {
+			return errors.New("device or resource busy")
+		}
+		return nil
+	})
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"), peer("n3", "10.244.3.0/24", "192.0.2.13"))
+	rep := n.step(t)
+	if rep.Converged || !hasProblem(rep, "n1", "mtu 8950") {
+		t.Errorf("report is %+v; want a problem with the command that failed", rep)
+	}
+	if got := n.routes(t); rep.Skipped > 0 || got["10.244.3.0/24"] == "" {
+		t.Errorf("n3 waits for another MTU: %d skipped, routes are %v", rep.Skipped, got)
+	}
+}
+
 func TestNodeIsMadeReadyOnlyWhenOthersCanReachIt(t *testing.T) {
 	n := newNode(t)
 	n.cluster.set()

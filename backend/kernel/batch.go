@@ -2,13 +2,9 @@ package kernel
 
 import (
 	"context"
-	"encoding/binary"
-	"errors"
 	"fmt"
-	"sync/atomic"
 	"syscall"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 )
@@ -75,76 +71,33 @@ func (c *conn) doAll(changes []change) []error {
 	if len(changes) == 0 {
 		return nil
 	}
-	h := c.sockets[c.protocol]
-	h.Socket.Lock()
-	defer h.Socket.Unlock()
-	last := atomic.AddUint32(&h.Seq, uint32(len(changes)))
-	first := last - uint32(len(changes)) + 1
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	first := c.seq + 1
+	c.seq += uint32(len(changes))
 	var b []byte
 	for i, change := range changes {
-		flags := unix.NLM_F_REQUEST | uint16(change.flags)
+		flags := change.flags
 		if i == len(changes)-1 {
 			flags |= unix.NLM_F_ACK
 		}
-		b = binary.NativeEndian.AppendUint32(b, uint32(unix.SizeofNlMsghdr+len(change.body)))
-		b = binary.NativeEndian.AppendUint16(b, change.typ)
-		b = binary.NativeEndian.AppendUint16(b, flags)
-		b = binary.NativeEndian.AppendUint32(b, first+uint32(i))
-		b = binary.NativeEndian.AppendUint32(b, 0) // from us to the kernel
-		b = append(b, change.body...)
+		b = appendRequest(b, change.typ, flags, first+uint32(i), change.body)
 	}
 	errs := make([]error, len(changes))
-	known, err := 0, send(h.Socket, b)
+	known, err := 0, c.wire.send(b)
 	for err == nil && known < len(changes) {
-		var msgs []syscall.NetlinkMessage
-		if msgs, _, err = h.Socket.Receive(); errors.Is(err, unix.EINTR) {
-			err = nil
-		}
-		for _, m := range msgs {
-			if i := m.Header.Seq - first; m.Header.Type == unix.NLMSG_ERROR && i < uint32(len(changes)) {
-				errs[i] = refusal(m.Header.Flags, m.Data)
+		err = c.receive(0, func(h syscall.NlMsghdr, body []byte) {
+			if i := h.Seq - first; h.Type == unix.NLMSG_ERROR && i < uint32(len(changes)) {
+				errs[i] = refusal(h.Type, h.Flags, body)
 				known = int(i) + 1 // the kernel goes in order, so what was before it is known too
 			}
-		}
+		})
+	}
+	if err != nil {
+		c.drain()
 	}
 	for i := known; i < len(changes); i++ {
 		errs[i] = fmt.Errorf("the kernel's answer is missing: %w", err)
 	}
 	return errs
-}
-
-// send is the library's Send for what is more than one request.
-func send(s *nl.NetlinkSocket, b []byte) error {
-	for {
-		err := unix.Sendto(s.GetFd(), b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
-		if !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
-// refusal is what the body of an NLMSG_ERROR says, nil where that is that all is well.
-func refusal(flags uint16, b []byte) error {
-	if len(b) < unix.SizeofNlMsgerr {
-		return errors.New("the kernel's answer is cut off")
-	}
-	errno := int32(binary.NativeEndian.Uint32(b))
-	if errno == 0 {
-		return nil
-	}
-	err := error(unix.Errno(-errno))
-	if flags&unix.NLM_F_ACK_TLVS == 0 {
-		return err
-	}
-	// The kernel's words come behind the request, which it sends back.
-	request := int(binary.NativeEndian.Uint32(b[4:]))
-	request = (request + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1)
-	if words := 4 + request; words <= len(b) {
-		for typ, v := range attrs(b[words:]) {
-			if typ == nl.NLMSGERR_ATTR_MSG {
-				return fmt.Errorf("%w: %s", err, getString(v))
-			}
-		}
-	}
-	return err
 }

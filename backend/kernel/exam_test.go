@@ -647,7 +647,7 @@ func (r rings) await(t *testing.T, why string) {
 	t.Helper()
 	select {
 	case <-r.bell:
-	case <-time.After(5 * time.Second):
+	case <-time.After(20 * time.Second):
 		t.Errorf("no ring for %s", why)
 	}
 }

@@ -64,7 +64,22 @@ func newRealHost(t testing.TB) *realHost {
 		}
 	}
 	h.open()
+	h.awaitAddress()
 	return h
+}
+
+// awaitAddress waits until the uplink's IPv6 address is this host's: the kernel takes it on a moment after it said so.
+func (h *realHost) awaitAddress() {
+	addr := netip.MustParseAddr("2001:db8::11")
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		path, err := h.RouteTo(context.Background(), addr)
+		if err == nil && path.Dev == "lo" {
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("%s is not an address of this host: %+v, %v", addr, path, err)
+		}
+	}
 }
 
 // open makes the Kernel.

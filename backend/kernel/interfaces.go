@@ -7,9 +7,9 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
@@ -132,11 +132,17 @@ func (k *Kernel) RouterAdvertised(ctx context.Context) ([]string, error) {
 	var names []string
 	for index := range indexes {
 		l, err := k.linkByIndex(index)
+		if errors.Is(err, unix.ENODEV) { // gone, and with it its routes
+			continue
+		}
 		if err != nil {
-			continue // gone, and with it its routes
+			return nil, err
 		}
 		value, err := k.readSysctl(filepath.Join("net/ipv6/conf", l.name, "accept_ra"))
-		if err == nil && strings.TrimSpace(value) == "1" {
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		if value == "1" {
 			names = append(names, l.name)
 		}
 	}

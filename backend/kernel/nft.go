@@ -10,7 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend/masq"
 )
@@ -68,17 +67,18 @@ func (n *nftables) observe(_ context.Context, want masq.Ruleset, have *masq.Rule
 			n.seen = now
 		}
 	}
-	if err == nil && want.Has(masq.NFTables) && n.lookedAt != generation && time.Since(n.looked) >= trust {
-		if err = n.look(); errors.Is(err, nl.ErrDumpInterrupted) {
-			err = nil // others write much just now; there will be another pass
-		}
-	}
 	if err != nil {
 		return fmt.Errorf("reading nftables: %w", err)
 	}
 	n.seen.translate(want, have)
 	if want.Has(masq.NFTables) {
+		if n.lookedAt != generation && time.Since(n.looked) >= trust {
+			err = n.look()
+		}
 		have.Drops = n.unreachable(want)
+	}
+	if err != nil && !errors.Is(err, errInterrupted) { // by others who write much just now; there will be another pass
+		have.Drops = append(have.Drops, fmt.Sprintf("whether chains of others drop packets of pods cannot be told: %v", err))
 	}
 	return nil
 }

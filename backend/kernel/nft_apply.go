@@ -9,10 +9,19 @@ import (
 	"tweed.dev/tweed/backend/masq"
 )
 
-// apply makes one change, in one transaction that does not happen if others wrote since it was looked for its place.
+// apply makes one change. If it cannot be made, what was read before counts no more: the change was planned from it.
 func (n *nftables) apply(op backend.Op) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	err := n.transact(op)
+	if err != nil {
+		n.seen = nil
+	}
+	return err
+}
+
+// transact makes one change, in one transaction that does not happen if others wrote since it was looked for its place.
+func (n *nftables) transact(op backend.Op) error {
 	for range nftTries {
 		generation, err := n.generation()
 		if err != nil {

@@ -56,56 +56,39 @@ type nftChange struct {
 // commit makes all changes or none, and none if the ruleset is not of generation gen any more: then the error is
 // ERESTART. The kernel works while the message is sent, and answers only what it refuses.
 func (c *conn) commit(gen uint32, changes []nftChange) error {
-	s := c.sockets[c.protocol].Socket
-	s.Lock()
-	defer s.Unlock()
-	fd := s.GetFd()
-	if err := unix.Sendto(fd, batch(gen, changes), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.seq++
+	if err := c.wire.send(batch(gen, c.seq, changes)); err != nil {
 		return fmt.Errorf("sending a change of nftables: %w", err)
 	}
 	var refused error
-	buf := make([]byte, 1<<16)
 	for {
-		n, _, err := unix.Recvfrom(fd, buf, unix.MSG_DONTWAIT)
+		err := c.receive(unix.MSG_DONTWAIT, func(h syscall.NlMsghdr, body []byte) {
+			if h.Type == unix.NLMSG_ERROR && h.Seq == c.seq && refused == nil {
+				refused = refusal(h.Type, h.Flags, body)
+			}
+		})
 		switch {
 		case errors.Is(err, unix.EAGAIN):
 			return refused
-		case errors.Is(err, unix.EINTR):
-			continue
 		case err != nil:
+			c.drain()
 			return fmt.Errorf("receiving what became of a change of nftables: %w", err)
-		}
-		msgs, err := syscall.ParseNetlinkMessage(buf[:n])
-		if err != nil {
-			return fmt.Errorf("the kernel's answer cannot be read: %w", err)
-		}
-		for _, m := range msgs {
-			if m.Header.Type == unix.NLMSG_ERROR && getU32(m.Data) != 0 && refused == nil {
-				refused = syscall.Errno(-int32(getU32(m.Data)))
-			}
 		}
 	}
 }
 
 // batch puts changes between what begins and what ends a transaction (linux/netfilter/nfnetlink.h).
-func batch(gen uint32, changes []nftChange) []byte {
-	var out []byte
-	put := func(typ uint16, flags int, body message) {
-		out = binary.NativeEndian.AppendUint32(out, uint32(unix.SizeofNlMsghdr+len(body)))
-		out = binary.NativeEndian.AppendUint16(out, typ)
-		out = binary.NativeEndian.AppendUint16(out, uint16(unix.NLM_F_REQUEST|flags))
-		out = append(out, make([]byte, 8)...) // sequence and port: nobody looks
-		out = append(out, body...)
-	}
+func batch(gen, seq uint32, changes []nftChange) []byte {
 	bound := message{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
 	begin := slices.Clone(bound)
 	begin.be32(unix.NFNL_BATCH_GENID, gen)
-	put(unix.NFNL_MSG_BATCH_BEGIN, 0, begin)
+	out := appendRequest(nil, unix.NFNL_MSG_BATCH_BEGIN, 0, seq, begin)
 	for _, c := range changes {
-		put(nftType(c.typ), c.flags, c.body)
+		out = appendRequest(out, nftType(c.typ), c.flags, seq, c.body)
 	}
-	put(unix.NFNL_MSG_BATCH_END, 0, bound)
-	return out
+	return appendRequest(out, unix.NFNL_MSG_BATCH_END, 0, seq, bound)
 }
 
 // An nftExpr is one step of a rule of nftables.

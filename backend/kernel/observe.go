@@ -128,10 +128,7 @@ func (s *survey) value(l link) (backend.Link, error) {
 		v.VXLAN.Dev = dev
 	}
 	on, err := txChecksum(s.ioctl, l.name)
-	v.VXLAN.NoTxChecksum = !on
-	if err != nil {
-		v.VXLAN.NoTxChecksum = want.VXLAN.NoTxChecksum
-	}
+	v.VXLAN.NoTxChecksum = err == nil && !on // one that cannot be told counts as on, as it is by itself
 	return v, nil
 }
 

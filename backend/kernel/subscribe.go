@@ -25,7 +25,7 @@ func subscribe(protocol int, groups ...int) (*subscription, error) {
 	if err != nil {
 		return nil, fmt.Errorf("subscribing to the kernel's notifications: %w", err)
 	}
-	s := &subscription{file: os.NewFile(uintptr(fd), "netlink"), buffer: make([]byte, dumpBuffer)}
+	s := &subscription{file: os.NewFile(uintptr(fd), "netlink"), buffer: make([]byte, answerBuffer)}
 	err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
 	for _, group := range groups {
 		err = errors.Join(err, unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group))

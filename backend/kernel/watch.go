@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"syscall"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -35,9 +36,7 @@ func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring f
 	}
 	defer routing.close()
 	w := &watcher{kernel: k, uplink: uplink}
-	if err := w.reset(); err != nil {
-		return err
-	}
+	w.reset()
 	g, ctx := errgroup.WithContext(ctx)
 	if filter, err := subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err != nil {
 		k.log.Info("changes of the packet filter are found by looking, not at once", "why", err)
@@ -46,7 +45,7 @@ func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring f
 		lost := func() error { return nil } // nothing is remembered
 		g.Go(func() error { return k.listen(ctx, filter, heardFilter, lost, ring) })
 	}
-	g.Go(func() error { return k.listen(ctx, routing, w.heard, w.reset, ring) })
+	g.Go(func() error { return k.listen(ctx, routing, w.heard, func() error { w.reset(); return nil }, ring) })
 	ring()
 	return g.Wait()
 }
@@ -94,6 +93,9 @@ type watcher struct {
 	addrs  map[addrAt]uint32 // flags
 	// forwarding is what was last heard of it, by family and index.
 	forwarding map[[2]int]uint32
+	// blind is set where what the kernel holds could not be read. Then all that is heard matters.
+	blind bool
+	tried time.Time // when it was read last
 }
 
 type addrAt struct {
@@ -101,8 +103,19 @@ type addrAt struct {
 	prefix netip.Prefix
 }
 
+// sight is how long a blind watcher waits before it reads again: what keeps it from reading may be a storm of changes.
+const sight = time.Second
+
 // reset starts over from what the kernel holds.
-func (w *watcher) reset() error {
+func (w *watcher) reset() {
+	err := w.read()
+	if err != nil && !w.blind {
+		w.kernel.log.Warn("cannot tell which of the kernel's notifications matter, so that all do", "why", err)
+	}
+	w.blind, w.tried = err != nil, time.Now()
+}
+
+func (w *watcher) read() error {
 	links, err := w.kernel.links("")
 	if err != nil {
 		return err
@@ -122,6 +135,12 @@ func (w *watcher) reset() error {
 }
 
 func (w *watcher) heard(m syscall.NetlinkMessage) bool {
+	if w.blind && time.Since(w.tried) >= sight {
+		w.reset()
+	}
+	if w.blind {
+		return true
+	}
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		return w.heardLink(m.Header.Type, m.Data)

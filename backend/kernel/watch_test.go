@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -217,4 +218,81 @@ func TestPodThatComesOrGoesRings(t *testing.T) {
 	}
 	h.ns.Run(t, "ip link set tweed0 mtu 1400")
 	r.await(t, "a change of the bridge itself")
+}
+
+// A storm that overruns the socket of a Watch costs it neither its ears nor its memory.
+func TestOverrunWatchHearsOn(t *testing.T) {
+	h := newRealHost(t)
+	pass(t, h, sample())
+	var hold sync.Mutex // while a ring waits for it, nobody receives
+	rung := make(chan struct{}, 1000)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() {
+		done <- h.Watch(ctx, func(dev string) bool { return dev == "eth0" }, func() {
+			rung <- struct{}{}
+			hold.Lock()
+			defer hold.Unlock()
+		})
+	}()
+	r := rings{rung}
+	r.await(t, "the start")
+	r.quiet()
+
+	hold.Lock()
+	h.ns.Run(t, "ip link set eth0 mtu 1400")
+	r.await(t, "the uplink's MTU")
+	var storm strings.Builder
+	for n := range 15000 {
+		fmt.Fprintf(&storm, "route add 10.%d.%d.%d/32 dev wire proto 116\n", 100+n>>16, n>>8&255, n&255)
+	}
+	runBatch(t, h.ns, "ip", storm.String())
+	h.ns.Run(t, "ip link set eth0 mtu 1300") // is lost
+	hold.Unlock()
+	r.await(t, "what was lost")
+	r.quiet()
+	h.ns.Run(t, "ip route flush proto 116 dev wire")
+	r.await(t, "routes of ours")
+	for r.quiet() {
+	}
+	h.ns.Run(t, "ip link set eth0 txqueuelen 777")
+	if r.quiet() {
+		t.Error("rang for a queue length: it does not remember the MTU that it did not hear of")
+	}
+	h.ns.Run(t, "ip link set eth0 mtu 1500")
+	r.await(t, "the uplink's MTU after the storm")
+	pass(t, h, sample())
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestWatchThatCannotReadHearsEverythingUntilItCan(t *testing.T) {
+	h := newRealHost(t)
+	pass(t, h, sample())
+	d := spoil(h.Kernel)
+	d.begin(func(_ int, c call) fate {
+		if c.isDump() {
+			return fate{refused: unix.EBUSY}
+		}
+		return fate{}
+	})
+	r := watch(t, h, func(string) bool { return false })
+	h.ns.Run(t, "ip link set eth0 txqueuelen 700")
+	r.await(t, "what cannot be told to be of no interest")
+	r.quiet()
+	d.end()
+	deadline := time.Now().Add(20 * time.Second)
+	for n := 701; ; n++ {
+		h.ns.Run(t, fmt.Sprintf("ip link set eth0 txqueuelen %d", n))
+		if !r.quiet() {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("it has not read again")
+		}
+	}
+	h.ns.Run(t, "ip link set tweed.1 mtu 1400")
+	r.await(t, "a change that matters")
 }

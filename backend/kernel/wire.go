@@ -6,9 +6,9 @@ import (
 	"fmt"
 	"iter"
 	"net/netip"
+	"slices"
+	"sync"
 
-	"github.com/vishvananda/netlink/nl"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 )
@@ -18,56 +18,38 @@ import (
 // Messages are built and read here and not by the library's typed functions: these read every attribute of every
 // object, and refuse or forget some that we need.
 type conn struct {
-	protocol int // NETLINK_*
-	sockets  map[int]*nl.SocketHandle
-	buffer   []byte // of dumps
+	mu   sync.Mutex
+	wire wire
+	seq  uint32 // of the last request
+	buf  []byte
 }
+
+// errInterrupted says that objects changed while they were listed, so that some may be missing (NLM_F_DUMP_INTR).
+var errInterrupted = errors.New("others changed what was being listed")
 
 // dial opens a socket in the calling thread's network namespace.
 func dial(protocol int) (*conn, error) {
-	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), protocol)
-	if err != nil {
-		return nil, fmt.Errorf("opening a netlink socket: %w", err)
-	}
-	if err := errors.Join(
-		s.SetSendTimeout(&nl.SocketTimeoutTv),
-		s.SetReceiveTimeout(&nl.SocketTimeoutTv),
-		s.SetExtAck(true),
-		// Without it the kernel ignores what a dump asks to leave out.
-		unix.SetsockoptInt(s.GetFd(), unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1),
-	); err != nil {
-		s.Close()
-		return nil, fmt.Errorf("preparing a netlink socket: %w", err)
-	}
-	return &conn{protocol: protocol, sockets: map[int]*nl.SocketHandle{protocol: {Socket: s}}}, nil
-}
-
-func (c *conn) close() { c.sockets[c.protocol].Close() }
-
-func (c *conn) request(typ uint16, flags int, m message) *nl.NetlinkRequest {
-	return &nl.NetlinkRequest{
-		NlMsghdr: unix.NlMsghdr{Type: typ, Flags: unix.NLM_F_REQUEST | uint16(flags)},
-		RawData:  m,
-		Sockets:  c.sockets,
-	}
-}
-
-// do asks for a change and waits for its acknowledgement.
-func (c *conn) do(typ uint16, flags int, m message) error {
-	_, err := c.request(typ, unix.NLM_F_ACK|flags, m).Execute(c.protocol, 0)
-	return err
-}
-
-// get asks for one object.
-func (c *conn) get(typ uint16, m message) ([]byte, error) {
-	msgs, err := c.request(typ, 0, m).Execute(c.protocol, 0)
+	s, err := openSocket(protocol)
 	if err != nil {
 		return nil, err
 	}
-	if len(msgs) == 0 {
-		return nil, errors.New("the kernel answered nothing")
+	return &conn{wire: s, buf: make([]byte, answerBuffer)}, nil
+}
+
+func (c *conn) close() { c.wire.close() }
+
+// do asks for a change and waits for its acknowledgement.
+func (c *conn) do(typ uint16, flags int, m message) error {
+	return c.exchange(typ, unix.NLM_F_ACK|flags, m, func([]byte) {})
+}
+
+// get asks for one object.
+func (c *conn) get(typ uint16, m message) (answer []byte, err error) {
+	err = c.exchange(typ, 0, m, func(msg []byte) { answer = slices.Clone(msg) })
+	if err == nil && answer == nil {
+		err = errors.New("the kernel answered nothing")
 	}
-	return msgs[0], nil
+	return answer, err
 }
 
 // dump calls each for every object that m asks for; each must not keep what it gets. It starts over when objects
@@ -77,12 +59,11 @@ func (c *conn) dump(typ uint16, m message, reset func(), each func(msg []byte)) 
 	var err error
 	for range tries {
 		reset()
-		err = c.eachAnswer(typ, m, each)
-		if !errors.Is(err, nl.ErrDumpInterrupted) {
+		if err = c.exchange(typ, unix.NLM_F_DUMP, m, each); !errors.Is(err, errInterrupted) {
 			return err
 		}
 	}
-	return fmt.Errorf("it changed during each of %d readings: %w", tries, err)
+	return fmt.Errorf("%w, %d times over", err, tries)
 }
 
 // A message is the body of a netlink message: a fixed header and attributes.
