@@ -41,8 +41,27 @@ func (k *Kernel) ObserveAllFilters(ctx context.Context) (masq.Ruleset, error) {
 			errs = append(errs, k.iptables(v).observeAll(ctx, &have))
 		}
 	}
-	errs = append(errs, k.sets.observeAll(ctx, &have))
-	return have, errors.Join(errs...)
+	k.sets.forget()
+	_, err := k.sets.observe(masq.Ruleset{}, &have)
+	return have, errors.Join(append(errs, err)...)
+}
+
+// observeOthers adds to have what is ours in a variant of iptables that is not in use: the host or its kubelet has
+// changed from one to the other, and its rules go by sets that would not be kept any more.
+func (k *Kernel) observeOthers(ctx context.Context, want masq.Ruleset, have *masq.Ruleset) {
+	inUse := masq.NFT
+	if k.filter.isLegacy() {
+		inUse = masq.Legacy
+	}
+	for _, v := range []masq.Variant{masq.NFT, masq.Legacy} {
+		if want.Has(masq.IPTables) && v == inUse || !k.mayHold(v) {
+			continue
+		}
+		if err := k.iptables(v).observeAll(ctx, have); err != nil {
+			have.Drops = append(have.Drops, fmt.Sprintf("rules of tweed in %s go by addresses that are not kept any more, "+
+				"and cannot be read; remove them: %v", v.Command(masq.IPv4), err))
+		}
+	}
 }
 
 // variants lists the variants of iptables whose programs are here; where neither is, an iptables that has no other name

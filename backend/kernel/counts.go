@@ -96,7 +96,7 @@ func parseLegacyCounts(family masq.Family, entries []byte, chain string) (counts
 		isError := getString(entries[at+xtTargetName:at+xtTargetName+xtNameLen]) == xtErrorTarget
 		switch {
 		case isError && inside:
-			return counts[:len(counts)-1], nil // without the one that returns
+			return counts[:max(0, len(counts)-1)], nil // without the one that returns
 		case isError:
 			inside = getString(entries[at+sizeofXtTarget:next]) == chain
 		case inside:

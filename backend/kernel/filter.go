@@ -52,10 +52,8 @@ type reading struct {
 	exists  map[masq.Entry]bool     // whether iptables takes a rule for there that it spells otherwise
 }
 
-// A form is one way in which this host's packet filter is read and written.
+// A form is one way in which this host's packet filter is written.
 type form interface {
-	// observe adds to have what the packet filter holds of ours in this form.
-	observe(ctx context.Context, want masq.Ruleset, have *masq.Ruleset) error
 	apply(op backend.Op) error
 }
 
@@ -72,10 +70,12 @@ func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Rul
 			return masq.Ruleset{}, err
 		}
 	}
-	if err := k.sets.observe(ctx, want, &have); err != nil {
-		return masq.Ruleset{}, err
+	held, err := k.sets.observe(want, &have)
+	if err == nil && held {
+		k.observeOthers(ctx, want, &have)
+		_, err = k.sets.observe(want, &have)
 	}
-	return have, nil
+	return have, err
 }
 
 // formOf returns what an object of the packet filter is written by.

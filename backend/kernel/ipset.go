@@ -1,7 +1,6 @@
 package kernel
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -50,9 +49,10 @@ func (s *ipsets) close() {
 	}
 }
 
-// observe adds to have the sets that have names of ours. Where none is wanted it looks until none was there: to ask a
-// kernel without IP sets makes it start modprobe.
-func (s *ipsets) observe(_ context.Context, want masq.Ruleset, have *masq.Ruleset) error {
+// observe adds to have the sets that have names of ours. It reports whether more rules name one than were read: then
+// that one is added only if it is wanted, for it could not be destroyed. Where none is wanted it looks until none was
+// there: to ask a kernel without IP sets makes it start modprobe.
+func (s *ipsets) observe(want masq.Ruleset, have *masq.Ruleset) (held bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	wanted := map[string]masq.Set{}
@@ -62,11 +62,11 @@ func (s *ipsets) observe(_ context.Context, want masq.Ruleset, have *masq.Rulese
 		}
 	}
 	if len(wanted) == 0 && s.clean {
-		return nil
+		return false, nil
 	}
 	names, err := s.names()
 	if err != nil {
-		return fmt.Errorf("listing IP sets: %w", err)
+		return false, fmt.Errorf("listing IP sets: %w", err)
 	}
 	s.clean = len(names) == 0
 	for _, name := range names {
@@ -75,19 +75,37 @@ func (s *ipsets) observe(_ context.Context, want masq.Ruleset, have *masq.Rulese
 		case errors.Is(err, unix.ENOENT): // gone meanwhile
 			continue
 		case err != nil:
-			return fmt.Errorf("reading the IP set %s: %w", name, err)
+			return false, fmt.Errorf("reading the IP set %s: %w", name, err)
 		}
-		set.tell(wanted[name], have)
+		more := set.named > mentions(*have, set.set)
+		if _, is := wanted[name]; is || !more {
+			set.tell(wanted[name], have)
+		}
+		held = held || more && set.ours()
 	}
-	return nil
+	return held, nil
 }
 
-// observeAll adds to have what is ours, and trusts nothing that was seen before.
-func (s *ipsets) observeAll(ctx context.Context, have *masq.Ruleset) error {
+// mentions counts in how many places rules that were read name s.
+func mentions(have masq.Ruleset, s masq.Set) (n int) {
+	for _, rules := range have.Chains {
+		for _, r := range rules {
+			n += strings.Count(r.Unknown, "--match-set "+s.Name+" ")
+			for _, named := range []masq.Set{r.SrcIn, r.DstIn} {
+				if named == s {
+					n++
+				}
+			}
+		}
+	}
+	return n
+}
+
+// forget has the next look trust nothing that was seen before.
+func (s *ipsets) forget() {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.clean = false
-	s.mu.Unlock()
-	return s.observe(ctx, masq.Ruleset{}, have)
 }
 
 // names lists the sets with names of ours. A kernel without IP sets has none.
@@ -116,11 +134,11 @@ func isNoIPSet(err error) bool {
 
 // An ipset is what the kernel says of one set.
 type ipset struct {
-	set    masq.Set
-	typ    string
-	odd    bool // it is not made as we make it
-	holds  map[netip.Addr]bool
-	header bool
+	set   masq.Set
+	typ   string
+	odd   bool // it is not made as we make it
+	named int  // how many rules name it
+	holds map[netip.Addr]bool
 }
 
 func (s *ipsets) read(name string) (set ipset, err error) {
@@ -141,6 +159,7 @@ func (s *ipset) parse(b []byte) {
 			}
 		case nl.IPSET_ATTR_DATA:
 			s.odd = s.odd || attr(v, nl.IPSET_ATTR_TIMEOUT) != nil || attr(v, nl.IPSET_ATTR_NETMASK) != nil
+			s.named = max(s.named, int(getBE32(attr(v, nl.IPSET_ATTR_REFERENCES))))
 		case ipsetAttrADT:
 			for _, element := range attrs(v) {
 				for _, addr := range attrs(attr(element, nl.IPSET_ATTR_IP)) {
@@ -151,11 +170,13 @@ func (s *ipset) parse(b []byte) {
 	}
 }
 
+func (s ipset) ours() bool { return s.typ == ipsetType && !s.odd }
+
 // tell adds s to have. One of another kind is a stranger's.
 func (s ipset) tell(want masq.Set, have *masq.Ruleset) {
 	wanted := want != masq.Set{}
 	switch {
-	case s.typ == ipsetType && !s.odd && (!wanted || want == s.set):
+	case s.ours() && (!wanted || want == s.set):
 		have.Sets[s.set] = s.holds
 	case wanted:
 		have.Taken[want] = fmt.Sprintf("the IP set %s exists and is not ours; what it is needed for is left out; destroy "+

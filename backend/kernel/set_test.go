@@ -144,6 +144,31 @@ func TestStrangersSetHasOurName(t *testing.T) {
 	}
 }
 
+// Rules in the iptables of yesterday would go by what the set held yesterday, and keep it from being destroyed.
+func TestSetIsHeldByTheOtherIptables(t *testing.T) {
+	for _, then := range []masq.Form{masq.IPTables, masq.NFTables} {
+		for before, after := range map[string]string{"legacy": "nft", "nft": "legacy"} {
+			t.Run(before+" to "+after+", "+string(then), func(t *testing.T) {
+				h := newRealHost(t)
+				callIptables(t, before)
+				filterPass(t, h, withSets(t, masq.IPTables, 3))
+				callIptables(t, after)
+				h.open()
+				filterPass(t, h, withSets(t, then, 2))
+				for _, program := range []string{"iptables-", "ip6tables-"} {
+					if saved := h.ns.Run(t, program+before+"-save"); strings.Contains(saved, "TWEED") {
+						t.Errorf("%s:\n%s", program+before, saved)
+					}
+				}
+				filterPass(t, h, masq.Ruleset{})
+				if left := h.ns.Run(t, "ipset list -n"); left != "" {
+					t.Errorf("left: %s", left)
+				}
+			})
+		}
+	}
+}
+
 // A cluster's nodes at a cold start are few messages and no process.
 func TestManyMembersAreFewMessages(t *testing.T) {
 	ops := masq.Diff(withSets(t, masq.NFTables, 5000), masq.Ruleset{})

@@ -94,13 +94,18 @@ func (n *leaving) strangers() {
 		ip rule add pref 100 from 10.9.0.0/24 lookup 100
 		nft add table inet guard
 		nft add chain inet guard in { type filter hook input priority 5 ; }
-		nft add rule inet guard in tcp dport 22 accept`)
+		nft add rule inet guard in tcp dport 22 accept
+		ipset create theirs hash:ip
+		ipset create tweed-theirs hash:net
+		ipset add theirs 192.0.2.12`)
 	for _, program := range []string{"iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"} {
 		for _, rule := range []string{
 			"-N KUBE-FORWARD", "-A KUBE-FORWARD -m comment --comment theirs -j ACCEPT", "-A FORWARD -j KUBE-FORWARD",
 			"-N DOCKER-USER", "-A FORWARD -j DOCKER-USER", "-A DOCKER-USER -j DROP",
 			"-t nat -A POSTROUTING -m mark --mark 0x8000/0x8000 -j ACCEPT", "-A INPUT -p tcp --dport 23 -j DROP",
 			"-t nat -A POSTROUTING -j MASQUERADE",
+			"-t mangle -A INPUT -p tcp --dport 24 -j ACCEPT", "-t mangle -A FORWARD -p tcp --dport 24 -j ACCEPT",
+			"-t raw -A PREROUTING -p tcp --dport 24 -j CT --notrack", "-t raw -A OUTPUT -p tcp --sport 24 -j CT --notrack",
 		} {
 			n.Run(n.t, program+" "+rule)
 		}
@@ -214,6 +219,7 @@ func (n *leaving) dump() string {
 	}
 	for _, c := range []string{
 		"iptables-nft-save", "ip6tables-nft-save", "iptables-legacy-save", "ip6tables-legacy-save", "nft -s list ruleset",
+		"ipset save",
 	} {
 		fmt.Fprintf(&all, "%s\n%s\n", c, passing.ReplaceAllString(n.Run(n.t, c), ""))
 	}

@@ -91,8 +91,7 @@ func newSiege(t *testing.T, k keep) *siege {
 		ip link add lan type bridge mcast_snooping 0
 		ip link set lan up`)
 	c.nodes["n1"], c.nodes["n2"], c.stranger = c.plug(11), c.plug(12), c.plug(99)
-	c.write("n3", fmt.Sprintf(`"since":"2026-01-02T03:04:09Z","subnets":"10.244.3.0/24","host":%q,"backend":"vxlan",
-		"backend-data":{"vni":1,"port":8472,"mac":"0e:00:00:00:00:03"}`, c.of(13)))
+	c.lease3("")
 	for n, extra := range []string{k.extra1, k.extra2} {
 		daemon(c.nodes[fmt.Sprintf("n%d", n+1)], c.leases, n+1, fmt.Sprintf(`{
 			"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48",
@@ -117,11 +116,12 @@ func (c *siege) plug(n int) host {
 	return h
 }
 
-// write puts a node's file into the directory of leases.
-func (c *siege) write(node, fields string) {
+// lease3 writes the lease of n3, with more fields.
+func (c *siege) lease3(more string) {
 	c.t.Helper()
-	text := fmt.Sprintf(`{"node":%q,%s}`, node, fields)
-	if err := os.WriteFile(filepath.Join(c.leases, node+".json"), []byte(text), 0o644); err != nil {
+	text := fmt.Sprintf(`{"node":"n3","since":"2026-01-02T03:04:09Z","subnets":"10.244.3.0/24","host":%q,
+		"backend":"vxlan","backend-data":{"vni":1,"port":8472,"mac":"0e:00:00:00:00:03"}%s}`, c.of(13), more)
+	if err := os.WriteFile(filepath.Join(c.leases, "n3.json"), []byte(text), 0o644); err != nil {
 		c.t.Fatal(err)
 	}
 }
@@ -216,7 +216,7 @@ func (c *siege) drops() map[string]int {
 	return n
 }
 
-// fails makes an attempt until the counters tell that it was dropped.
+// fails makes an attempt, and looks whether it was dropped and counted.
 func (c *siege) fails(a attempt, how string, size int) {
 	c.t.Helper()
 	before := c.drops()[a.reason]
@@ -288,5 +288,109 @@ func TestAttacksProveNothing(t *testing.T) {
 				t.Errorf("counted without a guard: %v", n)
 			}
 		})
+	}
+}
+
+// TestPodOfAnUnguardedNodeIsLetIn has the attacker's own node send on what it sends, as it is.
+func TestPodOfAnUnguardedNodeIsLetIn(t *testing.T) {
+	inEachSiege(t, func(t *testing.T, form masq.Form, family masq.Family) {
+		c := newSiege(t, keep{form, family, `"NonMasqueradeCIDRs": ["192.0.2.0/24", "2001:db8::/64"], ` + guardOff, guardOn})
+		a := attempt{"a pod, with its own address", c.attacker, "-", port(c.of(12), 8472), "n2", masq.DroppedStranger}
+		for how, size := range sizes() {
+			c.fails(a, how, size)
+		}
+	})
+}
+
+// TestPlainRouteLeadsToThePort has a pod send to another node's bridge past the tunnel, with its node's address.
+func TestPlainRouteLeadsToThePort(t *testing.T) {
+	for guard, form := range map[bool]masq.Form{true: masq.IPTables, false: masq.NFTables} {
+		t.Run(fmt.Sprintf("guard %v", guard), func(t *testing.T) {
+			t.Parallel()
+			direct := fmt.Sprintf(`"Backend": {"DirectRouting": true, "Guard": %v}`, guard)
+			c := newSiege(t, keep{form, masq.IPv4, direct, direct})
+			c.attacker.Run(t, "ip addr add 192.0.2.13/32 dev lo")
+			a := attempt{"a pod", c.attacker, "192.0.2.13", "10.244.2.1:8472", "n2", masq.DroppedPod}
+			for how, size := range sizes() {
+				if guard {
+					c.fails(a, how, size)
+				} else {
+					c.succeeds(a, how, size)
+				}
+			}
+		})
+	}
+}
+
+// TestPeerIsTakenForAStranger has n3 send from its address, and from one that an operator says is n3's too.
+func TestPeerIsTakenForAStranger(t *testing.T) {
+	inEachSiege(t, func(t *testing.T, form masq.Form, family masq.Family) {
+		c := newSiege(t, keep{form, family, guardOn, guardOn})
+		three := c.of(13)
+		c.stranger.await("ip addr replace " + three + c.addr("/24", "/64") + " dev eth0 nodad")
+		a := attempt{"n3", c.stranger, three, port(c.of(12), 8472), "n2", masq.DroppedStranger}
+		c.succeeds(a, "from its address", 0)
+		a.from = c.of(99)
+		c.fails(a, "from another address", 0)
+		c.lease3(fmt.Sprintf(`,"sources":%q`, c.of(98)+","+c.of(99)))
+		c.succeeds(a, "from an address that was named", 2500)
+		c.lease3("")
+		c.awaitFails(a, "from an address that is named no more")
+	})
+}
+
+// awaitFails makes an attempt until it is dropped.
+func (c *siege) awaitFails(a attempt, how string) {
+	c.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+		before := c.drops()[a.reason]
+		if c.make(a, 0); c.drops()[a.reason] > before {
+			return
+		}
+	}
+	c.t.Errorf("%s, %s: not dropped after 10 s", a.what, how)
+}
+
+// TestHostDropsWhatItDoesNotKnow has the nodes' own filter close the tunnel's port.
+func TestHostDropsWhatItDoesNotKnow(t *testing.T) {
+	inEachSiege(t, func(t *testing.T, form masq.Form, family masq.Family) {
+		c := newSiege(t, keep{form, family, `"Backend": {"AcceptPeers": true}`, guardOn})
+		closed := func(node string) {
+			c.iptables(node, "-A INPUT -i lo -j ACCEPT")
+			c.iptables(node, "-A INPUT -p "+c.addr("icmp", "icmpv6")+" -j ACCEPT")
+			c.iptables(node, "-A INPUT -m comment --comment firewall -j DROP")
+		}
+		closed("n1")
+		c.still()
+		a := attempt{"a stranger", c.stranger, "-", port(c.of(11), 8472), "n1", masq.DroppedStranger}
+		c.fails(a, "where peers are accepted", 0)
+		closed("n2")
+		if out, err := c.attacker.Try(t, "ping -c 1 -W 1 "+victimAddr["n2"]); err == nil {
+			t.Errorf("the nodes' own filter closes nothing:\n%s", out)
+		}
+	})
+}
+
+// TestPacketsComeByAnotherCableThanTheyLeave has each of two nodes, with addresses on lo, prefer another cable.
+func TestPacketsComeByAnotherCableThanTheyLeave(t *testing.T) {
+	for _, u := range underlays() {
+		for _, form := range []masq.Form{masq.IPTables, masq.NFTables} {
+			t.Run(fmt.Sprintf("%s %s", form, u.family), func(t *testing.T) {
+				t.Parallel()
+				one, two, leases := newHost(t), newHost(t), t.TempDir()
+				for _, h := range []host{one, two} {
+					h.types(`
+						sysctl -w net.ipv4.conf.all.rp_filter=0
+						sysctl -w net.ipv4.conf.default.rp_filter=0`)
+				}
+				u.join(one, two)
+				one.Run(t, "ip route replace "+u.of(2)+" src "+u.of(1)+" via "+fmt.Sprintf(u.cable, 1)+" dev eth0")
+				two.Run(t, "ip route replace "+u.of(1)+" src "+u.of(2)+" via "+fmt.Sprintf(u.cable, 2)+" dev eth1")
+				conf := strings.Replace(u.conf(), "{", fmt.Sprintf(`{"PacketFilter": %q,`, form), 1)
+				daemon(one, leases, 1, conf, "--iface", "lo")
+				daemon(two, leases, 2, conf, "--iface", "lo")
+				reach(pod(one, 1), pod(two, 2))
+			})
+		}
 	}
 }
