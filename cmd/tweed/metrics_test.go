@@ -120,6 +120,7 @@ func TestFaultMovesAnotherCounter(t *testing.T) {
 		{"ip addr del fd00:10:244:1::2/128 dev tweed.1", map[string]int{"address": 1}},
 		{"ip addr add 10.244.1.77/24 dev tweed0 noprefixroute", map[string]int{"address": 1}},
 		{"ip rule add pref 100 from 10.99.0.0/24 lookup main proto 116", map[string]int{"rule": 1}},
+		{"ip rule del pref 116", map[string]int{"rule": 1}},
 		{"sysctl -w net.ipv4.ip_forward=0", map[string]int{"sysctl": 1}},
 		{"sysctl -w net.ipv6.conf.tweed/1.accept_ra=1", map[string]int{"sysctl": 1}},
 		{"iptables -t nat -D POSTROUTING 1", map[string]int{"filter": 1}},
@@ -131,7 +132,7 @@ func TestFaultMovesAnotherCounter(t *testing.T) {
 		{"ip addr del 10.244.1.0/32 dev tweed.1", map[string]int{"address": 1, "neighbour": 1, "route": 1}},
 		{"ip link set tweed.1 down", map[string]int{"link": 1, "address": 1, "neighbour": 2, "route": 2}},
 		{"ip link del tweed.1",
-			map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 1}},
+			map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 2}},
 		{"ip link del tweed0", map[string]int{"link": 1, "address": 2, "route": 2, "sysctl": 2}},
 	} {
 		before := h.drift()
