@@ -168,7 +168,9 @@ func (r Rule) Command(do Verb, _ Object) string {
 		from = r.From.String()
 	}
 	return line(ip(family), "rule", verb, "pref", strconv.Itoa(r.Priority), "from", from,
-		option("to", r.To, r.To.IsValid()), option("fwmark", fmt.Sprintf("%#x/%#x", r.Mark, r.Mark), r.Mark != 0), "lookup", strconv.Itoa(r.Table), "proto", strconv.Itoa(Owner))
+		option("to", r.To, r.To.IsValid()),
+		option("fwmark", fmt.Sprintf("%#x/%#x", r.Mark, r.Mark), r.Mark != 0),
+		"lookup", strconv.Itoa(r.Table), "proto", strconv.Itoa(Owner))
 }
 
 // Kind is "sysctl".

@@ -42,12 +42,6 @@ func leftOuts() []leftOut {
 	}
 }
 
-// known are specs that fail, with the reason.
-var known = map[string]string{
-	"Services should implement NodePort and HealthCheckNodePort correctly when ExternalTrafficPolicy changes": "a host that " +
-		"calls its own NodePort is masqueraded by kube-proxy to the address of the tunnel's device, not to the node's",
-}
-
 // TestConformance runs the part of Kubernetes' own test suite that is about networks against a cluster that nothing but
 // the manifest was applied to.
 func TestConformance(t *testing.T) {
@@ -181,24 +175,13 @@ func didRun(s types.SpecReport) bool {
 	return s.State != types.SpecStatePending && s.State != types.SpecStateSkipped
 }
 
-// judge fails the test for a spec that failed and is not known to.
+// judge fails the test for a spec that failed.
 func judge(t *testing.T, s types.SpecReport) {
 	t.Helper()
 	if !s.State.Is(types.SpecStateFailureStates) {
 		return
 	}
-	if reason, ok := known[plainName(s)]; ok {
-		t.Logf("known: %s: %s", s.FullText(), reason)
-		return
-	}
 	t.Errorf("%s: %s\n%s\n%s", s.FullText(), s.State, s.FailureMessage(), tail(s.CombinedOutput(), 40))
-}
-
-var bracketed = regexp.MustCompile(`\s*\[[^]]*\]`)
-
-// plainName is a spec's name without labels.
-func plainName(s types.SpecReport) string {
-	return strings.TrimSpace(bracketed.ReplaceAllString(s.FullText(), ""))
 }
 
 func tail(text string, lines int) string {
@@ -215,7 +198,7 @@ func writeConformance(t *testing.T, specs []types.SpecReport) {
 	for _, s := range specs {
 		if didRun(s) {
 			ran[s.FullText()] = true
-			fmt.Fprintf(&table, "| %s | %s | %.0f |\n", cell(s.FullText()), result(s), s.RunTime.Seconds())
+			fmt.Fprintf(&table, "| %s | %s | %.0f |\n", cell(s.FullText()), s.State, s.RunTime.Seconds())
 		}
 	}
 	reasons := map[string]string{} // a spec that one run has selected and skipped itself has its own
@@ -255,14 +238,6 @@ Left out:
 
 func cell(text string) string {
 	return strings.ReplaceAll(strings.Join(strings.Fields(text), " "), "|", "\\|")
-}
-
-// result is a spec's outcome, for people.
-func result(s types.SpecReport) string {
-	if reason, ok := known[plainName(s)]; ok && s.State.Is(types.SpecStateFailureStates) {
-		return "failed, as is known: " + reason
-	}
-	return s.State.String()
 }
 
 // whyNot is our reason for which a spec did not run.

@@ -214,6 +214,9 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"FilterChangesItsForm", askForms},
 		{"SetsAreFilledAndEmptied", askSets},
 		{"PortIsGuarded", askGuard},
+		{"NodesAreKnown", askNodes},
+		{"RouteOfOthersIsInOurTable", askRouteOfOthers},
+		{"RuleOfOthersLeadsToOurTable", askRuleOfOthers},
 		{"AllThatIsOursIsFound", askAll},
 	} {
 		t.Run(question.name, func(t *testing.T) { question.ask(t, newHost(t)) })

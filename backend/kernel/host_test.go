@@ -147,7 +147,7 @@ func (h *realHost) addStranger(o backend.Object) {
 		if o.Via.IsValid() {
 			via = "via " + o.Via.String()
 		}
-		h.ns.Run(h.t, fmt.Sprintf("ip route add %s %s dev %s", o.Dst, via, o.Dev))
+		h.ns.Run(h.t, fmt.Sprintf("ip route add %s %s dev %s table %d", o.Dst, via, o.Dev, o.Table))
 	case backend.Rule:
 		h.ns.Run(h.t, fmt.Sprintf("ip rule add pref %d from %s lookup %d", o.Priority, o.From, o.Table))
 	}

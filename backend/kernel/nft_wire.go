@@ -108,7 +108,9 @@ func exprs(family masq.Family, r masq.Rule) []nftExpr {
 		all = append(all, loadMeta(unix.NFT_META_IIFNAME), compare([]byte(r.In), false))
 	}
 	if r.Out != "" {
-		all = append(all, loadMeta(unix.NFT_META_OIFNAME), compare(append([]byte(r.Out), make([]byte, unix.IFNAMSIZ-len(r.Out))...), false))
+		name := make([]byte, unix.IFNAMSIZ) // with what follows a shorter name, or it would be any that begins so
+		copy(name, r.Out)
+		all = append(all, loadMeta(unix.NFT_META_OIFNAME), compare(name, false))
 	}
 	src, dst := uint32(12), uint32(16) // offsets in struct iphdr
 	if family == masq.IPv6 {

@@ -9,7 +9,7 @@ import (
 // The chains of ours that mark packets, by the names that a person sees in iptables -S and in nft.
 const (
 	Marks    = "TWEED-MARK"
-	MarksNFT = "mark"
+	MarksNFT = "marks"
 )
 
 // Near is the set of the addresses of nodes that know this node's pods by their addresses without the tunnel.

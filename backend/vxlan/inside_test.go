@@ -117,7 +117,8 @@ func TestYoungerNodeTakesTheAddressOfAnOlder(t *testing.T) {
 
 func TestInsideIsMisread(t *testing.T) {
 	c := config("node-7", 4)
-	for _, held := range [][]netip.Addr{nil, addrs("192.0.2.17"), addrs("2001:db8::17"), addrs("192.0.2.17", "2001:db8::17")} {
+	for _, held := range [][]netip.Addr{
+		nil, addrs("192.0.2.17"), addrs("2001:db8::17"), addrs("192.0.2.17", "2001:db8::17")} {
 		c.Held = held
 		d, err := vxlan.ParseData(c.Data())
 		if err != nil || !d.Inside.Known() {

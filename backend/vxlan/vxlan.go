@@ -142,8 +142,8 @@ func (c Config) link(dev string, up backend.Uplink) backend.Link {
 }
 
 // ownAddr is the address that the node's packets into the tunnel have where its own is not inside. In IPv4 it is the
-// subnet's first, which is the gateway that peers route to. In IPv6 the first is an anycast address of every router on the subnet (RFC 4291,
-// section 2.6.1) and the second the bridge's, so it is the third.
+// subnet's first, which is the gateway that peers route to. In IPv6 the first is an anycast address of every router on
+// the subnet (RFC 4291, section 2.6.1) and the second the bridge's, so it is the third.
 func ownAddr(dev string, first netip.Addr) backend.Addr {
 	if first.Is4() {
 		return backend.Addr{AddrKey: backend.AddrKey{Dev: dev, Prefix: netip.PrefixFrom(first, 32)}}

@@ -105,6 +105,7 @@ func (n *leaving) strangers() {
 			"-t nat -A POSTROUTING -m mark --mark 0x8000/0x8000 -j ACCEPT", "-A INPUT -p tcp --dport 23 -j DROP",
 			"-t nat -A POSTROUTING -j MASQUERADE",
 			"-t mangle -A INPUT -p tcp --dport 24 -j ACCEPT", "-t mangle -A FORWARD -p tcp --dport 24 -j ACCEPT",
+			"-t mangle -A PREROUTING -p tcp --dport 24 -j ACCEPT",
 			"-t raw -A PREROUTING -p tcp --dport 24 -j CT --notrack", "-t raw -A OUTPUT -p tcp --sport 24 -j CT --notrack",
 		} {
 			n.Run(n.t, program+" "+rule)

@@ -79,7 +79,7 @@ func faults() []fault {
 		{does: "ip link set tweed.1 down; ip link set tweed.1 up",
 			want: map[string]int{"link": maybe, "address": 1, "neighbour": 2, "route": 2}},
 		{does: "ip link del tweed.1",
-			want: map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 1}},
+			want: map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 2}},
 		// The pod's veth is a port of it.
 		{does: "ip link del tweed0", want: map[string]int{"link": 1, "address": 2, "route": 2, "sysctl": 4, "port": 1}},
 		{does: "ip link set pod nomaster", want: map[string]int{"port": 1}, silent: true},
@@ -87,8 +87,11 @@ func faults() []fault {
 		{does: "ip link set pod down", want: map[string]int{"port": 1}, silent: true},
 		// It is still ours by its group, and no device of ours has that name.
 		{does: "ip link set tweed.1 name renamed",
-			want: map[string]int{"link": 2, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 1}},
+			want: map[string]int{"link": 2, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 2}},
 
+		{does: "ip rule del pref 116", want: map[string]int{"rule": 1}},
+		{does: "ip -6 rule del pref 116", want: map[string]int{"rule": 1}},
+		{does: "sysctl -w net.ipv4.conf.tweed/1.src_valid_mark=0", want: map[string]int{"sysctl": 1}, silent: true},
 		{does: "sysctl -w net.ipv4.ip_forward=0", want: map[string]int{"sysctl": 1}},
 		{does: "sysctl -w net.ipv6.conf.all.forwarding=0", want: map[string]int{"sysctl": 1}},
 		{does: "sysctl -w net.ipv6.conf.tweed/1.accept_ra=1", want: map[string]int{"sysctl": 1}, silent: true},

@@ -176,8 +176,9 @@ func (c *siege) attempts() []attempt {
 		{"a pod through the tunnel", c.attacker, "-", port(bridge2, 8472), "n2", pod},
 		{"a pod by a service to another node", c.attacker, "-", port(service, 80), "n2", pod},
 		{"a pod by a service to its own node", c.attacker, "-", port(service, 81), "n1", pod},
-		{"a pod by a node port", c.attacker, "-", port(two, 30080), "n2", translated},
-		{"a pod by a node port that leads back", c.attacker, "-", port(two, 30081), "n1", translated},
+		{"a pod by a node port", c.attacker, "-", port(two, 30080), "n2", pod},
+		{"a pod by a node port that leads back", c.attacker, "-", port(two, 30081), "n1", pod},
+		{"a stranger by a node port", c.stranger, "-", port(two, 30080), "n2", translated},
 		{"a stranger", c.stranger, "-", port(two, 8472), "n2", masq.DroppedStranger},
 	}
 }

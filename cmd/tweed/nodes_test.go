@@ -242,7 +242,7 @@ func (c *threeNodes) old() {
 		ip link set tweed0 up
 		ip addr add 10.244.3.1/24 dev tweed0
 		ip addr add fd00:10:244:3::1/64 dev tweed0 nodad
-		ip link add tweed.1 address 0e:00:00:00:00:03 mtu 1450 type vxlan id 1 dstport 8472 local 198.51.100.13 dev eth0 nolearning
+		ip link add tweed.1 address 0e:00:00:00:00:03 mtu 1450 type vxlan id 1 dstport 8472 local 198.51.100.13 nolearning
 		ip link set tweed.1 up
 		ip addr add 10.244.3.0/32 dev tweed.1
 		ip addr add fd00:10:244:3::2/128 dev tweed.1 nodad
