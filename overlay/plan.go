@@ -333,14 +333,15 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 	served := slices.Concat(in.node.Subnets, in.former)
 	reach, far := w.desired(d.self, peers)
 	d.problems = append(d.problems, far...)
+	own := w.own(in.uplink, reach)
 	d.state = backend.Merge(
-		bridge.Config{Name: BridgeName, Node: in.node.Name, MTU: d.info.MTU}.Desired(served),
+		bridge.Config{Name: BridgeName, Node: in.node.Name, MTU: d.info.MTU, Own: own}.Desired(served),
 		acceptAdvertised(in.advertised),
 		reach,
 	)
 	d.filter = masq.Config{
 		Form: p.Config.PacketFilter, Network: p.Config.Network, Subnets: served, Port: w.port,
-		Device: w.device, Own: w.own(in.uplink, reach), Near: near(peers, reach),
+		Device: w.device, Own: own, Near: near(peers, reach),
 		NonMasquerade: p.Config.NonMasquerade, Guard: p.Config.Backend.Guard, AcceptPeers: p.Config.Backend.AcceptPeers,
 		Underlay: masq.FamilyOf(in.uplink.Local), Peers: endpoints(peers),
 	}.Desired()

@@ -445,8 +445,8 @@ func TestSubnetChangesUnderLivingPods(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.step(t)
-	if got := len(n.state(t).Addrs); got != 2 {
-		t.Errorf("%d addresses after the last old pod has gone, want the new gateway and the tunnel's", got)
+	if got := len(n.state(t).Addrs); got != 3 {
+		t.Errorf("%d addresses after the last old pod has gone, want the new gateway and the node's, twice", got)
 	}
 }
 

@@ -100,7 +100,7 @@ func TestPeerMovesBetweenSegmentAndTunnel(t *testing.T) {
 		{"it is gone", func() { n.kern.RemoveStranger(router) }, plain4, plain6, 1 + 3},
 		{"what this node publishes is a NAT's", func() {
 			n.cluster.with(func(c *cluster) { c.self.HostOverride = netip.MustParseAddr("198.51.100.1") })
-		}, tunnel4, plain6, 1 + 2 + 3}, // its own address leaves the tunnel, and is masqueraded there
+		}, tunnel4, plain6, 1 + 2 + 5}, // its own address leaves tunnel and bridge, and is masqueraded
 	} {
 		c.change()
 		rep := n.step(t)

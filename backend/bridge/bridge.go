@@ -14,6 +14,8 @@ type Config struct {
 	Name string // of the bridge
 	Node string // this node's name
 	MTU  int    // bytes
+	// Own are the addresses that other nodes' pods know this node by, at most one a family. Its own pods do so too.
+	Own []netip.Addr
 }
 
 // Gateway is the address that pods of a subnet send to: the one after its first.
@@ -50,6 +52,12 @@ func (c Config) Desired(subnets []netip.Prefix) backend.State {
 	// send there for half a minute.
 	set(s, "net/ipv4/conf/"+c.Name+"/arp_notify", "1")
 	set(s, "net/ipv6/conf/"+c.Name+"/ndisc_notify", "1")
+	// With the last copy of an address the kernel takes the routes from it. The uplink may lose its own at any time, and
+	// that is no reason to cut off the pods here.
+	for _, a := range c.Own {
+		key := backend.AddrKey{Dev: c.Name, Prefix: netip.PrefixFrom(a, a.BitLen())}
+		s.Addrs[key] = backend.Addr{AddrKey: key, NoDAD: a.Is6(), NoPrefixRoute: true}
+	}
 	for _, p := range subnets {
 		c.serve(s, p)
 	}
@@ -62,11 +70,18 @@ func (c Config) serve(s backend.State, p netip.Prefix) {
 	key := backend.RouteKey{Table: backend.MainTable, Dst: p}
 	// The route is ours and not the kernel's, so that it is seen and repaired like all else.
 	route := backend.Route{RouteKey: key, Dev: c.Name}
+	for _, a := range c.Own {
+		if a.Is4() == p.Addr().Is4() {
+			route.Src = a
+		}
+	}
 	if p.Addr().Is4() {
 		s.Addrs[gateway] = backend.Addr{AddrKey: gateway, NoPrefixRoute: true}
 		// Without it the kernel takes the bridge's first address, also for the pods of a second subnet. For IPv6 it takes
 		// the one nearest to the destination (RFC 6724, section 5).
-		route.Src = Gateway(p)
+		if !route.Src.IsValid() {
+			route.Src = Gateway(p)
+		}
 		set(s, "net/ipv4/ip_forward", "1")
 	} else {
 		s.Addrs[gateway] = backend.Addr{AddrKey: gateway, NoDAD: true, NoPrefixRoute: true}

@@ -23,6 +23,7 @@ func TestDesired(t *testing.T) {
 	for _, c := range []struct {
 		name    string
 		subnets []string
+		own     []netip.Addr
 		want    string
 	}{{
 		name:    "IPv4",
@@ -48,6 +49,18 @@ ip route add 10.244.3.0/24 dev tweed0 proto 116 src 10.244.3.1
 ip route add 10.244.9.4/30 dev tweed0 proto 116 src 10.244.9.5
 ip -6 route add fd00:10:244:3::/64 dev tweed0 proto 116`,
 	}, {
+		name:    "both, on a node that others know by its own addresses",
+		subnets: []string{"10.244.3.0/24", "fd00:10:244:3::/64"},
+		own:     []netip.Addr{netip.MustParseAddr("192.0.2.11"), netip.MustParseAddr("2001:db8::11")},
+		want: link + `sysctl -w net/ipv4/ip_forward=1
+sysctl -w net/ipv6/conf/all/forwarding=1
+ip addr add 10.244.3.1/24 dev tweed0 noprefixroute
+ip addr add 192.0.2.11/32 dev tweed0 noprefixroute
+ip addr add 2001:db8::11/128 dev tweed0 nodad noprefixroute
+ip addr add fd00:10:244:3::1/64 dev tweed0 nodad noprefixroute
+ip route add 10.244.3.0/24 dev tweed0 proto 116 src 192.0.2.11
+ip -6 route add fd00:10:244:3::/64 dev tweed0 proto 116 src 2001:db8::11`,
+	}, {
 		name: "no subnet yet",
 		want: strings.TrimSuffix(link, "\n"),
 	}} {
@@ -56,7 +69,7 @@ ip -6 route add fd00:10:244:3::/64 dev tweed0 proto 116`,
 			for _, s := range c.subnets {
 				subnets = append(subnets, netip.MustParsePrefix(s))
 			}
-			want := bridge.Config{Name: "tweed0", Node: "node-3", MTU: 1450}.Desired(subnets)
+			want := bridge.Config{Name: "tweed0", Node: "node-3", MTU: 1450, Own: c.own}.Desired(subnets)
 			ctx, f := context.Background(), kernel.NewFake()
 			ops, _ := backend.Diff(want, backend.Observed{})
 			var lines []string

@@ -140,7 +140,7 @@ func TestChangeThatMovesNothingInTheOlderIptablesIsOverlooked(t *testing.T) {
 	before := glimpses(t, h)
 	for _, quiet := range []string{
 		"-N LATER", "-I OTHER -p tcp -j DROP", "-A OTHER -j LATER", "-P FORWARD DROP", "-t nat -N ELSE",
-		"-t nat -A ELSE -j ACCEPT", "-A INPUT -j TWEED-FWD", "-Z",
+		"-t nat -A ELSE -j ACCEPT", "-A OUTPUT -j TWEED-FWD", "-Z",
 	} {
 		inBothOf(t, h, masq.Legacy, quiet)
 		if now := glimpses(t, h); now != before {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -102,6 +103,7 @@ type spoiler struct {
 	decide   *decide
 
 	answers     [][]byte // that the kernel never gave
+	early       []byte   // an answer of the kernel's that others come before
 	lost        bool     // the next answer is
 	interrupted bool     // the list that is under way is
 }
@@ -117,7 +119,7 @@ func spoil(k *Kernel) *decide {
 }
 
 func (s *spoiler) send(requests []byte) error {
-	s.answers, s.lost, s.interrupted = nil, false, false
+	s.answers, s.early, s.lost, s.interrupted = nil, nil, false, false
 	var pass []byte
 	for rest := requests; len(rest) > 0; {
 		size := int(binary.NativeEndian.Uint32(rest))
@@ -153,20 +155,36 @@ func (s *spoiler) receive(buf []byte, flags int) (int, error) {
 		s.lost = false
 		return 0, unix.ENOBUFS
 	}
-	if len(s.answers) > 0 {
-		flags |= unix.MSG_DONTWAIT
-	}
-	n, err := s.wire.receive(buf, flags)
-	if len(s.answers) > 0 && errors.Is(err, unix.EAGAIN) {
-		n := copy(buf, s.answers[0])
-		s.answers = s.answers[1:]
-		return n, nil
-	}
+	n, err := s.next(buf, flags)
 	if s.interrupted && err == nil {
 		for rest := buf[:n]; len(rest) >= unix.SizeofNlMsghdr; {
 			binary.NativeEndian.PutUint16(rest[6:], binary.NativeEndian.Uint16(rest[6:])|unix.NLM_F_DUMP_INTR)
 			rest = rest[min(len(rest), int(binary.NativeEndian.Uint32(rest)+3)&^3):]
 		}
+	}
+	return n, err
+}
+
+// next is the next answer, in the order of the requests, as the kernel answers.
+func (s *spoiler) next(buf []byte, flags int) (n int, err error) {
+	if s.early == nil {
+		if len(s.answers) > 0 {
+			flags |= unix.MSG_DONTWAIT
+		}
+		if n, err = s.wire.receive(buf, flags); err == nil {
+			s.early = slices.Clone(buf[:n])
+		}
+	}
+	sequence := func(answer []byte) uint32 { return binary.NativeEndian.Uint32(answer[8:]) }
+	if len(s.answers) > 0 && (s.early == nil && errors.Is(err, unix.EAGAIN) ||
+		s.early != nil && sequence(s.answers[0]) < sequence(s.early)) {
+		n = copy(buf, s.answers[0])
+		s.answers = s.answers[1:]
+		return n, nil
+	}
+	if s.early != nil {
+		n, err = copy(buf, s.early), nil
+		s.early = nil
 	}
 	return n, err
 }

@@ -151,7 +151,7 @@ func TestNodeAndPodSeeSomebodyElse(t *testing.T) {
 			for n := 1; n <= 3; n++ {
 				c.nodes[n].counting()
 			}
-			for _, p := range pairs {
+			for _, p := range append(pairs, [][2]int{{1, 1}, {2, 2}, {3, 3}}...) {
 				c.asThemselves(p[0], p[1])
 			}
 			for n := 1; n <= 3; n++ {
