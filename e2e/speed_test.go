@@ -31,7 +31,8 @@ const (
 	podTime          = 30 * time.Second
 )
 
-// goals are what is aimed at: times in milliseconds, and how often longer than the floor.
+// goals are what is aimed at: times in milliseconds, and how many times as long as the floor. Before peers a daemon
+// makes the packet filter, which takes a quarter of a second whatever their number; the floor does not.
 type goals struct {
 	listed, started, joined, ratio float64
 }
@@ -43,9 +44,9 @@ type goals struct {
 // too; ratios and shares by the median.
 func measureSpeed(b *testing.B, c *cluster.Cluster, f *cluster.Fleet) {
 	s := &speed{Cluster: c, fleet: f, floor: newFloor(b, c)}
-	s.measure(b, "dual-stack", cluster.FleetSubnets(fleetSize), goals{listed: 1500, started: 2200, joined: 150, ratio: 2})
+	s.measure(b, "dual-stack", cluster.FleetSubnets(fleetSize), goals{listed: 1500, started: 2200, joined: 150, ratio: 3})
 	f.OnlyIPv4(b)
-	s.measure(b, "IPv4", cluster.FleetSubnets(fleetSize)[:1], goals{listed: 1000, started: 1500, joined: 100, ratio: 2})
+	s.measure(b, "IPv4", cluster.FleetSubnets(fleetSize)[:1], goals{listed: 1000, started: 1500, joined: 100, ratio: 3})
 	s.print(b)
 }
 
