@@ -478,8 +478,10 @@ func undone(typ string) []string {
 		return []string{"fdb"}
 	case "NEWROUTE", "DELROUTE":
 		return []string{"route"}
+	case "NEWRULE", "DELRULE":
+		return []string{"rule"}
 	case "nft transaction": // the packet filter's
-		hosts := []string{"link", "address", "neighbour", "fdb", "route", "rule", "sysctl"}
+		hosts := []string{"link", "address", "neighbour", "fdb", "route", "rule", "sysctl", "port"}
 		return slices.DeleteFunc(backend.Kinds(), func(kind string) bool { return slices.Contains(hosts, kind) })
 	}
 	return nil
