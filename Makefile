@@ -7,8 +7,8 @@ export CGO_ENABLED := 0
 build unit fuzz lint: export GOFLAGS := -trimpath
 
 # What tests and the lab call, by the names of Debian's packages.
-PACKAGES := buildah busybox-static ca-certificates containerd containernetworking-plugins crun curl ethtool gcc iproute2 \
-            iptables iputils-ping libc6-dev mmdebstrap nftables podman procps runc util-linux
+PACKAGES := buildah busybox-static ca-certificates conntrack containerd containernetworking-plugins crun curl ethtool gcc \
+            iproute2 ipset iptables iputils-ping libc6-dev mmdebstrap nftables podman procps runc util-linux
 
 .PHONY: all build test unit fuzz e2e conformance manifests lab lint bench packages clean
 

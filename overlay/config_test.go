@@ -185,7 +185,8 @@ func TestSmallestConfigIsCompletedByDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (BackendConfig{Type: "vxlan", VNI: 1, Port: 8472, ChecksumOffload: "auto", Guard: true}); c.Backend != want {
+	want := BackendConfig{Type: "vxlan", VNI: 1, Port: 8472, ChecksumOffload: "auto", Guard: true}
+	if c.Backend != want {
 		t.Errorf("backend is %+v", c.Backend)
 	}
 	if len(c.Network) != 1 || c.Network[0].Len != 24 || c.Network[0].Count() != 256 || c.Underlay != 0 ||

@@ -131,7 +131,9 @@ func newGauges(r *Reconciler) *gauges {
 
 // Describe implements prometheus.Collector.
 func (g *gauges) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{g.leases, g.wanted, g.programmed, g.listAge, g.used, g.free, g.problems, g.drops} {
+	for _, d := range []*prometheus.Desc{
+		g.leases, g.wanted, g.programmed, g.listAge, g.used, g.free, g.problems, g.drops,
+	} {
 		ch <- d
 	}
 }

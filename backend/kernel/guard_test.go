@@ -1,8 +1,11 @@
 package kernel
 
 import (
+	"bytes"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"tweed.dev/tweed/backend/masq"
@@ -114,5 +117,30 @@ func FuzzLegacyCounts(f *testing.F) {
 			family = masq.IPv6
 		}
 		_, _ = parseLegacyCounts(family, entries, masq.GuardInput)
+	})
+}
+
+func TestGuardAtRestStartsAProcess(t *testing.T) {
+	inEachForm(t, func(t *testing.T, form masq.Form) {
+		log := filepath.Join(t.TempDir(), "log")
+		fakeIptables(t, "echo $* >> "+log+"\nexec $real \"$@\"")
+		h := newRealHost(t)
+		r := watch(t, h, func(string) bool { return false })
+		want := guarded(t, form, masq.IPv4, "192.0.2.12").Desired()
+		filterPass(t, h, want)
+		r.await(t, "our own writes")
+		r.quiet()
+		filterPass(t, h, want) // the one more pass
+		before, _ := os.ReadFile(log)
+		for range 5 {
+			filterPass(t, h, want)
+			counts(t, h, want)
+		}
+		if after, _ := os.ReadFile(log); !bytes.Equal(before, after) {
+			t.Errorf("started at rest:\n%s", after[len(before):])
+		}
+		if r.quiet() {
+			t.Error("reading rings")
+		}
 	})
 }

@@ -11,8 +11,8 @@ import (
 
 // Diff returns the operations that turn have into want. In between, no packet is treated otherwise than by the one or
 // by the other: a chain is filled before packets get to it and left before it is emptied, and where rules change, the
-// new ones stand before the old ones go; a set is filled before a rule names it. So it is too where the form changes: all of the new form stands before any of
-// the old one goes, and in between both would do the same.
+// new ones stand before the old ones go; a set is filled before a rule names it. So it is too where the form changes:
+// all of the new form stands before any of the old one goes, and in between both would do the same.
 func Diff(want, have Ruleset) []backend.Op {
 	want = want.withoutTaken(have.Taken)
 	return append(additions(want, have), removals(want, have)...)

@@ -84,8 +84,8 @@ type Config struct {
 // Desired returns what the packet filter must hold.
 //
 // Jumps and guests stand behind what others decide: a network policy, a drop that an administrator wants, kube-proxy's
-// own masquerading. Only a rule that takes every packet is overtaken, because behind it they would never be reached. The
-// jumps to what drops stand first: it takes nothing that anybody could want.
+// own masquerading. Only a rule that takes every packet is overtaken, because behind it they would never be reached.
+// The jumps to what drops stand first: it takes nothing that anybody could want.
 func (c Config) Desired() Ruleset {
 	r := Ruleset{
 		Tables: map[Table]bool{}, Sets: map[Set]map[netip.Addr]bool{}, Chains: map[Chain][]Rule{}, Jumps: map[Jump]bool{},

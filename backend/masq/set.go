@@ -125,11 +125,12 @@ func (r Ruleset) lacks(rule Rule) bool {
 // members returns what to do for one set to hold the addresses of want.
 func members(do backend.Verb, s Set, want, have map[netip.Addr]bool) (ops []backend.Op) {
 	var lacking []netip.Addr
-	for _, a := range sorted(want, netip.Addr.Compare) {
+	for a := range want {
 		if !have[a] {
 			lacking = append(lacking, a)
 		}
 	}
+	slices.SortFunc(lacking, netip.Addr.Compare)
 	for some := range slices.Chunk(lacking, mostAtOnce) {
 		op := backend.Op{Do: do, What: Members{s, some}}
 		if do == backend.Delete {

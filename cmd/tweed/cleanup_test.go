@@ -115,10 +115,10 @@ func (n *leaving) strangers() {
 }
 
 // configure says how daemons to come write the packet filter. A peer on their segment they send to without a tunnel.
-func (n *leaving) configure(form masq.Form) {
+func (n *leaving) configure(form masq.Form, more ...string) {
 	n.t.Helper()
 	n.write("net-conf.json", fmt.Sprintf(`{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48",
-		"PacketFilter":%q,"Backend":{"Type":"vxlan","DirectRouting":true}}`, form))
+		"PacketFilter":%q,"Backend":{"Type":"vxlan","DirectRouting":true%s}}`, form, strings.Join(more, "")))
 }
 
 // settle waits for the kernel to take up IPv6 addresses, and the routes that come with them.
@@ -337,7 +337,9 @@ func testCleanup(t *testing.T, form masq.Form, says []string) {
 func (n *leaving) inUse(form masq.Form) {
 	t := n.t
 	t.Helper()
-	back := legacyIptables(t) // the host is upgraded one day, and its iptables is another
+	// The host is upgraded one day, and its iptables is another. What names no set stays there.
+	back := legacyIptables(t)
+	n.configure(masq.IPTables, `,"Guard":false`)
 	n.daemon()()
 	back()
 	n.configure(form)
