@@ -66,7 +66,7 @@ func measurePasses(b *testing.B, peers int, program, idle, idleCPU *samples) {
 		start := time.Now()
 		rep := n.step(b)
 		program.add(time.Since(start))
-		if !rep.Converged || rep.Done != objects*peers {
+		if !rep.Converged || rep.Done < objects*peers { // and some for the guard's set
 			b.Errorf("programmed %d objects: %v %v", rep.Done, rep.Waiting, rep.Problems)
 		}
 		n.step(b)
@@ -91,6 +91,7 @@ func measureFloor(b *testing.B, peers int, floor *samples) {
 		n.step(b)
 		n.cluster.set(manyPeers(peers)...)
 		plan, err := n.planner.Plan(b.Context())
+		plan.Ops = slices.DeleteFunc(plan.Ops, func(op backend.Op) bool { return op.What.Kind() == "set" })
 		if err != nil || len(plan.Ops) != objects*peers {
 			b.Errorf("planned %d operations: %v", len(plan.Ops), err)
 			return

