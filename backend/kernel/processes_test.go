@@ -83,7 +83,7 @@ func job(line string) string {
 	words := strings.Fields(line)
 	name := strings.TrimPrefix(strings.Replace(words[0], "ip6", "ip", 1), "iptables")
 	for _, w := range words[1:] {
-		if strings.HasPrefix(w, "--v") || len(w) == 2 && strings.Contains("NAIDSCFXP", w[1:]) {
+		if strings.HasPrefix(w, "--v") || len(w) == 2 && strings.IndexByte("NAIDSCFXP", w[1]) >= 0 {
 			return name + " " + w
 		}
 	}

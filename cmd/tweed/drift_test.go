@@ -25,7 +25,7 @@ type fault struct {
 func faults() []fault {
 	mac := vxlan.MAC("n2")
 	link6 := mac.LinkLocal()
-	f := func(does string, args ...any) string { return fmt.Sprintf(does, args...) }
+	f := fmt.Sprintf
 	return []fault{
 		{does: "ip route del 10.244.2.0/24", want: map[string]int{"route": 1}},
 		{does: "ip -6 route del fd00:10:244:2::/64", want: map[string]int{"route": 1}},

@@ -381,7 +381,7 @@ func (s *numbered) send() {
 	for begun := time.Now(); s.failed == nil; {
 		select {
 		case <-s.stop:
-			for tries := 0; tries < 50; tries++ { // that one may get lost
+			for range 50 { // that one may get lost
 				_, _ = s.out.Write(binary.BigEndian.AppendUint64(nil, last|s.sent))
 				select {
 				case <-s.received:

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -59,7 +60,7 @@ func addrOf(a net.Addr) string { return netip.MustParseAddrPort(a.String()).Addr
 func (h host) asks(network, addr string, port int) (seen string) {
 	h.Do(h.t, func() {
 		d := net.Dialer{Timeout: time.Second}
-		c, err := d.DialContext(context.Background(), network, net.JoinHostPort(addr, fmt.Sprint(port)))
+		c, err := d.DialContext(context.Background(), network, net.JoinHostPort(addr, strconv.Itoa(port)))
 		if err != nil {
 			seen = err.Error()
 			return
@@ -257,7 +258,7 @@ func (c *threeNodes) old() {
 	for n := 1; n <= 2; n++ {
 		mac := strings.Fields(c.nodes[n].Run(c.router.t, "ip -brief link show dev tweed.1"))[2]
 		link := strings.Fields(c.nodes[n].Run(c.router.t, "ip -6 -brief addr show dev tweed.1 scope link"))[2]
-		n3.types(strings.NewReplacer("MAC", mac, "LINK", strings.TrimSuffix(link, "/64"), "#", fmt.Sprint(n)).Replace(`
+		n3.types(strings.NewReplacer("MAC", mac, "LINK", strings.TrimSuffix(link, "/64"), "#", strconv.Itoa(n)).Replace(`
 			ip neigh replace 10.244.#.0 lladdr MAC dev tweed.1 nud permanent
 			ip neigh replace LINK lladdr MAC dev tweed.1 nud permanent
 			bridge fdb replace MAC dev tweed.1 dst 192.0.2.1# self permanent

@@ -29,10 +29,10 @@ func oddTweed() {
 	err := flags.Parse(os.Args[2:])
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	ctx, cancel := signal.NotifyContext(context.Background(), unix.SIGTERM)
-	defer cancel()
 	if err == nil {
 		err = o.runOddly(ctx, log, *cniConfDir, *metricsAddress)
 	}
+	cancel()
 	if err != nil {
 		log.Error("ends", "err", err)
 		os.Exit(1)

@@ -234,11 +234,11 @@ func (u underlay) join(hosts ...host) {
 
 // lead has packets from one address to another leave node n by both cables.
 func (u underlay) lead(h host, n int, from, to string) {
-	way := "ip route add " + to + " src " + from
+	way := []string{"ip route add " + to + " src " + from}
 	for i, dev := range []string{"eth0", "eth1"} {
-		way += fmt.Sprintf(" nexthop via "+u.cable+" dev %s", 2*i+2-n, dev)
+		way = append(way, fmt.Sprintf("nexthop via "+u.cable+" dev %s", 2*i+2-n, dev))
 	}
-	h.Run(h.t, way)
+	h.Run(h.t, strings.Join(way, " "))
 }
 
 // of is the address of node n.

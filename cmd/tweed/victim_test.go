@@ -124,8 +124,7 @@ func (v *victim) suffers(f fault) {
 	what := strings.Join(strings.Fields(f.does), " ")
 	start := time.Now()
 	v.shell(f.does)
-	now := ""
-	for now = v.dump(); now != v.before; now = v.dump() {
+	for now := v.dump(); now != v.before; now = v.dump() {
 		if time.Since(start) > soon {
 			v.t.Errorf("%s: after %v it is\n%s\nand was\n%s", what, soon, now, v.before)
 			return
@@ -296,8 +295,8 @@ func (v *victim) metric(name string) int {
 // restored waits until n1 is as it was, and its pod's calls are answered.
 func (v *victim) restored(what string) {
 	v.t.Helper()
-	start, now := time.Now(), ""
-	for now = v.dump(); now != v.before; now = v.dump() {
+	start := time.Now()
+	for now := v.dump(); now != v.before; now = v.dump() {
 		if time.Since(start) > soon {
 			v.t.Errorf("%s: after %v it is\n%s\nand was\n%s", what, soon, now, v.before)
 			return
