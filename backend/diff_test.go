@@ -42,7 +42,8 @@ func changeLink(s backend.State, name string, change func(*backend.Link)) backen
 }
 
 // onDevice is the commands that add what hangs on the VXLAN device of node.
-const onDevice = `sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
+const onDevice = `sysctl -w net/ipv4/conf/tweed.1/src_valid_mark=1
+sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
 ip addr add 10.244.3.0/32 dev tweed.1
 ip addr add fd00:10:244:3::2/128 dev tweed.1 nodad
 ` + neighs + fdb + routes
@@ -70,6 +71,7 @@ func TestChangesThatTakeOthersWithThem(t *testing.T) {
 		have: func() backend.State { return backend.State{} },
 		ops: newDevice + `ip link add tweed0 group 116 address 66:4a:10:cd:b0:20 up type bridge mcast_snooping 0 ` +
 			`nf_call_iptables 1 nf_call_ip6tables 1 && ip link set dev tweed0 mtu 1450
+sysctl -w net/ipv4/conf/tweed.1/src_valid_mark=1
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
 sysctl -w net/ipv6/conf/tweed0/accept_dad=0
 sysctl -w net/ipv6/conf/tweed0/accept_ra=0
@@ -81,7 +83,9 @@ ip addr add 10.244.3.1/24 dev tweed0 noprefixroute
 ip addr add fd00:10:244:3::1/64 dev tweed0 nodad noprefixroute
 ` + neighs + fdb + `ip route add 10.244.3.0/24 dev tweed0 proto 116 src 10.244.3.1
 ip -6 route add fd00:10:244:3::/64 dev tweed0 proto 116
-` + routes,
+` + routes + `ip rule add pref 116 from 10.244.3.0/24 fwmark 0x1000/0x1000 lookup 116 proto 116
+ip -6 rule add pref 116 from fd00:10:244:3::/64 fwmark 0x1000/0x1000 lookup 116 proto 116
+`,
 	}, {
 		name: "underlay device re-created",
 		have: func() backend.State {
@@ -230,7 +234,11 @@ ip neigh del fe80::1cd0:b4ff:fe61:315a dev tweed.1
 	}, {
 		name: "all goes",
 		want: func() backend.State { return backend.State{} },
-		ops:  "ip link del tweed.1\nip link del tweed0\n",
+		ops: `ip rule del pref 116 from 10.244.3.0/24 fwmark 0x1000/0x1000 lookup 116 proto 116
+ip -6 rule del pref 116 from fd00:10:244:3::/64 fwmark 0x1000/0x1000 lookup 116 proto 116
+ip link del tweed.1
+ip link del tweed0
+`,
 	}} {
 		t.Run(c.name, func(t *testing.T) {
 			want, have := node(), node()
@@ -277,7 +285,8 @@ func TestPlanForwardsLast(t *testing.T) {
 	clear(have.Sysctls)
 	ops, _ := backend.Diff(want, backend.Observed{State: have})
 	got := strings.Join(commands(ops), "\n")
-	if got != `sysctl -w net/ipv6/conf/eth0/accept_ra=2
+	if got != `sysctl -w net/ipv4/conf/tweed.1/src_valid_mark=1
+sysctl -w net/ipv6/conf/eth0/accept_ra=2
 sysctl -w net/ipv6/conf/tweed.1/accept_ra=0
 sysctl -w net/ipv6/conf/tweed0/accept_dad=0
 sysctl -w net/ipv6/conf/tweed0/accept_ra=0
