@@ -53,7 +53,7 @@ func newLeaving(t *testing.T) *leaving {
 			t.Fatal(err)
 		}
 	}
-	n.configure(masq.IPTables)
+	n.configure(masq.IPTables, `,"DirectRouting":true`)
 	n.write("leases/n1.json", `{"node":"n1","since":"2026-01-02T03:04:05Z","subnets":"10.244.1.0/24,fd00:10:244:1::/64"}`)
 	n.write("leases/n2.json", `{"node":"n2","since":"2026-01-02T03:04:06Z","subnets":"10.244.2.0/24,fd00:10:244:2::/64",`+
 		`"host":"192.0.2.12","backend":"vxlan","backend-data":{"vni":1,"port":8472,"mac":"0e:00:00:00:00:02"}}`)
@@ -114,11 +114,11 @@ func (n *leaving) strangers() {
 	n.settle()
 }
 
-// configure says how daemons to come write the packet filter. A peer on their segment they send to without a tunnel.
+// configure says how daemons to come write the packet filter, and more of how they reach others.
 func (n *leaving) configure(form masq.Form, more ...string) {
 	n.t.Helper()
 	n.write("net-conf.json", fmt.Sprintf(`{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48",
-		"PacketFilter":%q,"Backend":{"Type":"vxlan","DirectRouting":true%s}}`, form, strings.Join(more, "")))
+		"PacketFilter":%q,"Backend":{"Type":"vxlan"%s}}`, form, strings.Join(more, "")))
 }
 
 // settle waits for the kernel to take up IPv6 addresses, and the routes that come with them.
@@ -342,7 +342,7 @@ func (n *leaving) inUse(form masq.Form) {
 	n.configure(masq.IPTables, `,"Guard":false`)
 	n.daemon()()
 	back()
-	n.configure(form)
+	n.configure(form, `,"DirectRouting":true`)
 	stop := n.daemon()
 	if saved := n.Run(t, "iptables-legacy-save"); strings.Contains(saved, "TWEED") {
 		t.Errorf("the daemon leaves, in the iptables that is not in use any more,\n%s", saved)

@@ -324,7 +324,7 @@ func TestAttacksProveNothing(t *testing.T) {
 func TestPodOfAnUnguardedNodeIsLetIn(t *testing.T) {
 	inTwoSieges(t, func(t *testing.T, form masq.Form, family masq.Family) {
 		c := newSiege(t, keep{form, family, `"NonMasqueradeCIDRs": ["192.0.2.0/24", "2001:db8::/64"], ` + guardOff, guardOn})
-		a := attempt{"a pod, with its own address", c.attacker, "-", port(c.of(12), 8472), "n2", masq.DroppedStranger}
+		a := attempt{"a pod, with its own address", c.attacker, "-", port(c.of(12), 8472), "n2", masq.DroppedPod}
 		for how, size := range sizes() {
 			c.fails(a, how, size)
 		}
