@@ -54,10 +54,11 @@ func faults() []fault {
 		{does: "bridge fdb add 0e:00:00:00:00:07 dev tweed.1 dst 192.0.2.7 self permanent", want: map[string]int{"fdb": 1}},
 
 		// With the last IPv4 address of a device, its routes and neighbours go.
-		{does: "ip addr del 10.244.1.0/32 dev tweed.1",
-			want: map[string]int{"address": 1, "neighbour": 1, "route": 1}},
+		{does: "ip addr del 192.0.2.11/32 dev tweed.1",
+			want: map[string]int{"address": 1, "neighbour": 1, "route": 2}},
 		{does: "ip addr del fd00:10:244:1::2/128 dev tweed.1", want: map[string]int{"address": 1}},
-		{does: "ip addr del 10.244.1.1/24 dev tweed0", want: map[string]int{"address": 1, "route": 1}},
+		{does: "ip addr del 10.244.1.1/24 dev tweed0", want: map[string]int{"address": 1}},
+		{does: "ip addr del 192.0.2.11/32 dev tweed0", want: map[string]int{"address": 1}},
 		{does: "ip addr del fd00:10:244:1::1/64 dev tweed0", want: map[string]int{"address": 1}},
 		{does: "ip addr add 10.244.1.77/24 dev tweed0 noprefixroute", want: map[string]int{"address": 1}},
 		{does: "ip addr add 10.244.1.77/32 dev tweed.1", want: map[string]int{"address": 1}},
@@ -74,20 +75,20 @@ func faults() []fault {
 		{does: "ip link set tweed0 type bridge nf_call_iptables 0", want: map[string]int{"link": 1}},
 		{does: "ip link set tweed0 type bridge nf_call_ip6tables 0", want: map[string]int{"link": 1}},
 		{does: "ip link set tweed.1 down",
-			want: map[string]int{"link": 1, "address": 1, "neighbour": 2, "route": 2}},
+			want: map[string]int{"link": 1, "address": 1, "neighbour": 2, "route": 3}},
 		{does: "ip link set tweed0 down", want: map[string]int{"link": 1, "address": 1, "route": 2}},
 		{does: "ip link set tweed.1 down; ip link set tweed.1 up",
-			want: map[string]int{"link": maybe, "address": 1, "neighbour": 2, "route": 2}},
+			want: map[string]int{"link": maybe, "address": 1, "neighbour": 2, "route": 3}},
 		{does: "ip link del tweed.1",
-			want: map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 2}},
+			want: map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 3, "sysctl": 2}},
 		// The pod's veth is a port of it.
-		{does: "ip link del tweed0", want: map[string]int{"link": 1, "address": 2, "route": 2, "sysctl": 4, "port": 1}},
+		{does: "ip link del tweed0", want: map[string]int{"link": 1, "address": 3, "route": 2, "sysctl": 4, "port": 1}},
 		{does: "ip link set pod nomaster", want: map[string]int{"port": 1}, silent: true},
 		{does: "ip link set pod type bridge_slave hairpin off", want: map[string]int{"port": 1}, silent: true},
 		{does: "ip link set pod down", want: map[string]int{"port": 1}, silent: true},
 		// It is still ours by its group, and no device of ours has that name.
 		{does: "ip link set tweed.1 name renamed",
-			want: map[string]int{"link": 2, "address": 2, "neighbour": 2, "fdb": 1, "route": 2, "sysctl": 2}},
+			want: map[string]int{"link": 2, "address": 2, "neighbour": 2, "fdb": 1, "route": 3, "sysctl": 2}},
 
 		{does: "ip rule del pref 116", want: map[string]int{"rule": 1}},
 		{does: "ip -6 rule del pref 116", want: map[string]int{"rule": 1}},
@@ -104,9 +105,11 @@ func faults() []fault {
 
 // allAtOnce is what nobody survives.
 func allAtOnce(form string) fault {
-	filter := "nft flush ruleset"
+	filter, moved := "nft flush ruleset", map[string]int{"link": some, "address": some, "neighbour": some, "fdb": some,
+		"route": some, "sysctl": some, "filter": some, "port": some}
 	if form == "nftables" {
 		filter = "nft delete table ip tweed; nft delete table ip6 tweed; nft flush chain ip filter FORWARD"
+		moved["set"] = some
 	}
 	return fault{
 		does: `
@@ -116,14 +119,13 @@ func allAtOnce(form string) fault {
 			ip link set tweed0 type bridge mcast_snooping 1 nf_call_iptables 0 nf_call_ip6tables 0
 			ip addr flush dev tweed.1; ip addr flush dev tweed0
 			ip link del tweed.1; ip link del tweed0; ` + filter,
-		want: map[string]int{"link": some, "address": some, "neighbour": some, "fdb": some, "route": some,
-			"sysctl": some, "filter": some, "port": some},
+		want: moved,
 	}
 }
 
 // filterFaults are those of one form of packet filter.
 func filterFaults(form string) []fault {
-	one, many := map[string]int{"filter": 1}, map[string]int{"filter": some}
+	one, many, sets := map[string]int{"filter": 1}, map[string]int{"filter": some}, map[string]int{"set": 1}
 	if form == "iptables" {
 		return []fault{
 			{does: "iptables -t nat -D POSTROUTING 1", want: one},
@@ -135,16 +137,23 @@ func filterFaults(form string) []fault {
 			{does: "iptables -t nat -F POSTROUTING; iptables -t nat -F TWEED-POSTRTG; iptables -t nat -X TWEED-POSTRTG",
 				want: many},
 			{does: "nft delete table ip filter", want: many},
+			{does: "iptables -t mangle -F TWEED-MARK", want: many},
+			{does: "iptables -t raw -F", want: many},
+			{does: "ipset flush tweed-peers4", want: sets, silent: true},
+			{does: "ipset add tweed-peers4 203.0.113.9", want: sets, silent: true},
 		}
 	}
+	all := map[string]int{"filter": some, "set": some}
 	return []fault{
 		{does: "nft insert rule ip tweed translate accept", want: one},
 		{does: "nft flush chain ip6 tweed translate", want: many},
 		{does: "nft flush chain ip tweed postrouting", want: many},
 		{does: "nft flush table ip tweed", want: many},
-		{does: "nft delete table ip tweed", want: many},
-		{does: "nft delete table ip tweed; nft delete table ip6 tweed", want: many},
+		{does: "nft delete table ip tweed", want: all},
+		{does: "nft delete table ip tweed; nft delete table ip6 tweed", want: all},
 		{does: "nft flush chain ip filter FORWARD", want: many},
+		{does: "nft flush set ip tweed peers", want: sets},
+		{does: "nft add element ip tweed peers '{ 203.0.113.9 }'", want: sets},
 	}
 }
 

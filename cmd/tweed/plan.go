@@ -15,7 +15,8 @@ func planCommand() *cobra.Command {
 		Long: `Print the operations that a pass of the daemon would make on this node, as the commands a
 person would type, and change nothing. Problems go to stderr.
 
-Exit status: 0 nothing to do, 2 there are operations, 1 error.`,
+Exit status: 0 nothing to do, 2 there are operations, 1 error; where only a part could be read,
+the operations are those of the part.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			p, done, err := o.planner(slog.New(slog.DiscardHandler), readOnly)
@@ -33,7 +34,10 @@ Exit status: 0 nothing to do, 2 there are operations, 1 error.`,
 			for _, op := range plan.Ops {
 				fmt.Fprintln(cmd.OutOrStdout(), op)
 			}
-			if len(plan.Ops) > 0 {
+			switch {
+			case plan.Unread > 0:
+				return exitStatus(1) // a Problem says why
+			case len(plan.Ops) > 0:
 				return exitStatus(2)
 			}
 			return nil

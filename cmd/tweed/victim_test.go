@@ -91,9 +91,9 @@ func (v *victim) dump() string {
 	v.t.Helper()
 	out := v.shell(`
 		for dev in tweed.1 tweed0; do
-			ip -d -o link show $dev; ip -o addr show scope global dev $dev; ethtool -k $dev | grep tx-checksumming
+			ip -d -o link show $dev; ip -o addr show scope global dev $dev | sort; ethtool -k $dev | grep tx-checksumming
 			sysctl net/ipv6/conf/$dev/accept_ra net/ipv6/conf/$dev/accept_dad
-			sysctl net/ipv6/conf/$dev/ndisc_notify net/ipv4/conf/$dev/arp_notify
+			sysctl net/ipv6/conf/$dev/ndisc_notify net/ipv4/conf/$dev/arp_notify net/ipv4/conf/$dev/src_valid_mark
 		done
 		ip route show table all proto 116; ip -6 route show table all proto 116
 		ip -d -o link show pod
@@ -101,11 +101,26 @@ func (v *victim) dump() string {
 		ip neigh show nud permanent dev tweed.1; ip -6 neigh show nud permanent dev tweed.1
 		bridge fdb show dev tweed.1
 		sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding`)
+	// A chain that is made again stands in another place, and that is as good.
 	filter := `
-		for table in nat filter; do iptables-save -t $table; ip6tables-save -t $table; done | grep -i tweed`
+		for iptables in iptables ip6tables; do
+			for table in raw mangle nat filter; do
+				$iptables-save -t $table | grep -i tweed | grep -v '^-A TWEED' | sort
+				for chain in $($iptables-save -t $table | grep -o '^:TWEED[A-Z-]*' | tr -d : | sort); do
+					$iptables -t $table -S $chain
+				done
+			done
+		done
+		for set in $(ipset list -n | sort); do ipset save $set | sort; done`
 	if v.form == "nftables" {
 		filter = `
-		nft list table ip tweed; nft list table ip6 tweed
+		for family in ip ip6; do
+			for kind in chain set; do
+				for name in $(nft list table $family tweed | awk '$1 == "'$kind'" { print $2 }' | sort); do
+					nft -s list $kind $family tweed $name
+				done
+			done
+		done
 		(iptables-save -t filter; ip6tables-save -t filter) | grep tweed | sort`
 	}
 	return changing.ReplaceAllString(out+v.shell(filter), "")
