@@ -59,9 +59,15 @@ lint:
 	go vet ./...
 	go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0 run ./...
 
+# What has to be right again within a second, under pods that talk.
+REPAIRS := DriftThatTheKernelTellsOf UnderlayGoesAndComesBack OwnAddressMovesToAnother AddressOnLoMovesToAnother \
+           UplinkIsReplaced UnderlayIsNarrowedUnderALargeTransfer PeerChangesWhatItPublishes \
+           NodesChangeTheirTunnelOneByOne NetConfIsFollowedUnderTraffic BackendChangesItsType
+
 bench: packages build ## figures: ratios of medians beside a floor
 	go test -run '^$$' -bench . -benchtime 20x ./backend/... ./subnet/...
 	go test -run '^$$' -bench . -benchtime 1x ./overlay/... # each takes its rounds in turns with the floor's
+	go test -count=1 -v -parallel 1 -run "^Test($$(echo $(REPAIRS) | tr ' ' '|'))$$" ./cmd/tweed -args -goals # within a second
 	cd e2e && go test -run '^$$' -bench '^BenchmarkCost$$' -benchtime 1x -timeout 30m . # with a real API server
 
 packages: # only what is missing, so that a second run needs no network

@@ -14,9 +14,6 @@ import (
 	"time"
 )
 
-// back is how long calls may be unanswered because of a change: five times what is aimed at.
-const back = 5 * time.Second
-
 // follows has the pods of two nodes call each other while something changes, which change awaits, and checks that they
 // do again soon.
 func (c *threeNodes) follows(a, b int, what string, change func()) {
@@ -28,8 +25,8 @@ func (c *threeNodes) follows(a, b int, what string, change func()) {
 	c.allAnswered(pings)
 	lost := c.lost(pings)
 	c.router.t.Logf("%s: calls are unanswered for %v", what, lost)
-	if lost > back {
-		c.router.t.Errorf("%s: calls are unanswered for %v, want %v at most", what, lost, back)
+	if lost > soon() {
+		c.router.t.Errorf("%s: calls are unanswered for %v, want %v at most", what, lost, soon())
 	}
 }
 
@@ -191,7 +188,7 @@ func (h host) stream(to host, addr string) *stream {
 	to.Do(h.t, func() { l, err = net.Listen("tcp", net.JoinHostPort(addr, "0")) })
 	fail("listening at")
 	defer l.Close()
-	h.Do(h.t, func() { near, err = net.DialTimeout("tcp", l.Addr().String(), back) })
+	h.Do(h.t, func() { near, err = net.DialTimeout("tcp", l.Addr().String(), soon()) })
 	fail("calling")
 	far, err = l.Accept()
 	fail("accepting at")
@@ -229,8 +226,8 @@ func (s *stream) goesOn(t *testing.T, when string) {
 	}
 	took := time.Since(start)
 	t.Logf("%s, a large transfer has gone on for 16 MiB after %v", when, took)
-	if took > back {
-		t.Errorf("%s, a large transfer has gone on for 16 MiB after %v, want %v", when, took, back)
+	if took > soon() {
+		t.Errorf("%s, a large transfer has gone on for 16 MiB after %v, want %v", when, took, soon())
 	}
 }
 
@@ -336,13 +333,13 @@ func (p *handmade) followed(what string, start time.Time) {
 	}
 	took := time.Since(start)
 	p.t.Logf("%s: it is reached after %v", what, took)
-	if took > back {
-		p.t.Errorf("%s: it is reached after %v, want %v at most", what, took, back)
+	if took > soon() {
+		p.t.Errorf("%s: it is reached after %v, want %v at most", what, took, soon())
 	}
 	awaitLines := func(command, with string, want int) {
 		p.t.Helper()
 		out, have := "", []string(nil)
-		for deadline := time.Now().Add(back); time.Now().Before(deadline); {
+		for deadline := time.Now().Add(soon()); time.Now().Before(deadline); {
 			out, have = one.Run(p.t, command), nil
 			for line := range strings.Lines(out) {
 				if strings.Contains(line, with) {

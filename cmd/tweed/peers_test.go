@@ -47,7 +47,7 @@ func (v *victim) leaves(node string) {
 func (v *victim) leads(what string, to []string, not ...string) {
 	v.t.Helper()
 	out, wrong := "", ""
-	for start := time.Now(); time.Since(start) < soon; {
+	for start := time.Now(); time.Since(start) < soon(); {
 		out, wrong = v.shell(`ip route show proto 116; ip -6 route show proto 116; ip neigh show dev tweed.1 nud permanent
 			ip -6 neigh show dev tweed.1 nud permanent; bridge fdb show dev tweed.1`), ""
 		for _, text := range to {
@@ -64,7 +64,7 @@ func (v *victim) leads(what string, to []string, not ...string) {
 			return
 		}
 	}
-	v.t.Errorf("%s: after %v %s in\n%s", what, soon, wrong, out)
+	v.t.Errorf("%s: after %v %s in\n%s", what, soon(), wrong, out)
 }
 
 // names waits until n1's report has a problem with that text.
@@ -79,7 +79,7 @@ func TestThirdNodeDoesWhatNodesDo(t *testing.T) {
 	t.Parallel()
 	v := newVictim(t, "nftables", intervalVar+"=1h")
 	began := time.Now()
-	if _, gap := v.talk.goesOn(began); gap > soon {
+	if _, gap := v.talk.goesOn(began); gap > soon() {
 		t.Fatalf("no call is answered for %v", gap)
 	}
 

@@ -81,7 +81,7 @@ func (v *victim) forEver(script string, f func()) {
 func (v *victim) named(command string) {
 	v.t.Helper()
 	for start := time.Now(); !strings.Contains(v.report(), "something on this node undoes what `"+command); {
-		if time.Since(start) > 3*soon {
+		if time.Since(start) > 3*soon() {
 			v.t.Fatalf("no fight is named: %s", v.report())
 		}
 	}
@@ -96,8 +96,8 @@ func (v *victim) stillRepairs() {
 	const entry = "fd00:10:244:2::/64"
 	v.Run(v.t, "ip -6 route del "+entry)
 	for start := time.Now(); !strings.Contains(v.Run(v.t, "ip -6 route show "+entry), "tweed.1"); {
-		if time.Since(start) > soon {
-			v.t.Errorf("in a storm, another route is not back after %v", soon)
+		if time.Since(start) > soon() {
+			v.t.Errorf("in a storm, another route is not back after %v", soon())
 			return
 		}
 	}
