@@ -44,14 +44,11 @@ func TestRestartWritesToTheKernel(t *testing.T) {
 
 // A restarted is a node whose daemon is ended and started again.
 type restarted struct {
-	host
-	filter  string // the form of its packet filter
-	leases  string
-	dir     string
-	execs   string // the programs that were started
-	process *exec.Cmd
-	log     bytes.Buffer
-	talks   []traffic
+	*running
+	filter string // the form of its packet filter
+	leases string
+	execs  string // the programs that were started
+	talks  []traffic
 }
 
 // newRestarted has a pod on each of the two nodes talk to the other.
@@ -59,7 +56,7 @@ func newRestarted(t *testing.T, filter, backend string) *restarted {
 	t.Helper()
 	r, other := newPair(t, filter, backend)
 	r.logged()
-	r.start("tweed")
+	r.start()
 	one, two := pod(r.host, 1), pod(other, 2)
 	reach(one, two)
 	for r.Run(t, "ip -6 addr show tentative") != "" { // the kernel tells when it is through with its own addresses
@@ -74,10 +71,9 @@ func newRestarted(t *testing.T, filter, backend string) *restarted {
 // newPair makes a node whose daemon has not been started yet, and another whose has.
 func newPair(t *testing.T, filter, backend string) (r *restarted, other host) {
 	t.Helper()
-	r = &restarted{host: newHost(t), filter: filter, leases: t.TempDir(), dir: t.TempDir()}
-	other = newHost(t)
-	cable(r.host, "eth0", other, "eth0")
-	for n, h := range []host{r.host, other} {
+	one, other, leases := newHost(t), newHost(t), t.TempDir()
+	cable(one, "eth0", other, "eth0")
+	for n, h := range []host{one, other} {
 		h.types(fmt.Sprintf(`
 			ip link set eth0 up
 			ip addr add 192.0.2.1%[1]d/24 dev eth0
@@ -85,20 +81,11 @@ func newPair(t *testing.T, filter, backend string) (r *restarted, other host) {
 	}
 	conf := fmt.Sprintf(`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48",
 		"PacketFilter": %q, "Backend": {"Type": %q}}`, filter, backend)
-	daemon(other, r.leases, 2, conf, "--iface", "eth0")
-	r.write("net-conf.json", conf)
-	if err := os.WriteFile(filepath.Join(r.leases, "n1.json"), []byte(`{"node":"n1","since":"2026-01-02T03:04:01Z",
-		"subnets":"10.244.1.0/24,fd00:10:244:1::/64"}`), 0o644); err != nil {
-		t.Fatal(err)
+	daemon(other, leases, 2, conf, "--iface", "eth0")
+	r = &restarted{
+		running: newRunning(one, nil, "tweed", leases, 1, conf, "--iface", "eth0"), filter: filter, leases: leases,
 	}
-	t.Cleanup(func() {
-		if r.process != nil {
-			r.end(unix.SIGTERM)
-		}
-		if t.Failed() {
-			t.Logf("the daemon says\n%s", r.log.String())
-		}
-	})
+	r.env = []string{"PATH=" + r.dir + ":" + os.Getenv("PATH")}
 	return r, other
 }
 
@@ -132,39 +119,11 @@ func (r *restarted) logged() {
 		ip6tables-nft -t mangle -N KUBE-IPTABLES-HINT`)
 }
 
-// start starts a program as the daemon, and waits until it is ready.
-func (r *restarted) start(program string) {
-	r.t.Helper()
-	r.launch(program)
-	r.await("curl -sf http://127.0.0.1:9479/readyz")
-}
-
-func (r *restarted) launch(program string) {
-	r.t.Helper()
-	at := func(name string) string { return filepath.Join(r.dir, name) }
-	if path, err := exec.LookPath(program); err == nil {
-		program = path
-	}
-	r.process = exec.Command("nsenter", "--net="+r.Path(), "--", program, "run", "--leases", r.leases, "--node-name", "n1",
-		"--net-conf", at("net-conf.json"), "--run-dir", at("run"), "--cni-conf-dir", at("cni"), "--iface", "eth0")
-	r.process.Env = append(os.Environ(), "PATH="+r.dir+":"+os.Getenv("PATH"))
-	r.process.Stdout, r.process.Stderr = &r.log, &r.log
-	if err := r.process.Start(); err != nil {
-		r.t.Fatal(err)
-	}
-}
-
-func (r *restarted) end(how syscall.Signal) {
-	_ = r.process.Process.Signal(how)
-	_ = r.process.Wait()
-	r.process = nil
-}
-
 // hadChildren reports whether a daemon that runs has ever waited for a process of its own: then there are page faults of
 // theirs (proc_pid_stat(5), cminflt).
 func (r *restarted) hadChildren() bool {
 	r.t.Helper()
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.process.Process.Pid))
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.cmd.Process.Pid))
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -194,7 +153,8 @@ func (r *restarted) isRestarted(next string) {
 		m := startMonitor(r.host)
 		r.write("execs", "")
 		r.end(step.how)
-		r.start(step.program)
+		r.program = step.program
+		r.start()
 		time.Sleep(step.watched) // for what may come then
 		if heard := m.stop(); len(heard) > 0 {
 			t.Errorf("after %v and a start of %s the kernel tells of\n%s", step.how, step.version, strings.Join(heard, "\n"))
@@ -236,7 +196,7 @@ func TestLockOfIptablesIsHeldByAnother(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.launch("tweed")
+	r.launch()
 	r.awaitShows("ip route", "10.244.2.0/24 via")
 	r.awaitShows("curl -s http://127.0.0.1:9479/report", "another program holds the packet filter")
 	third := strings.NewReplacer("n2", "n3", "10.244.2.", "10.244.3.", "244:2:", "244:3:", "02\"", "03\"", ".12", ".13")

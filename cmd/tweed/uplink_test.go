@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -85,6 +86,14 @@ func daemon(h host, leases string, n int, conf string, flags ...string) *running
 // daemonOf is daemon for a program that is like tweed, with more in its environment.
 func daemonOf(h host, env []string, program, leases string, n int, conf string, flags ...string) *running {
 	h.t.Helper()
+	d := newRunning(h, env, program, leases, n, conf, flags...)
+	d.start()
+	return d
+}
+
+// newRunning is a daemon that has not been started yet.
+func newRunning(h host, env []string, program, leases string, n int, conf string, flags ...string) *running {
+	h.t.Helper()
 	d := &running{host: h, n: n, dir: h.t.TempDir(), env: env, program: program, log: &logged{}}
 	d.configure(conf)
 	lease := fmt.Sprintf(
@@ -94,7 +103,6 @@ func daemonOf(h host, env []string, program, leases string, n int, conf string, 
 	}
 	d.args = append([]string{"--leases", leases, "--node-name", fmt.Sprintf("n%d", n),
 		"--net-conf", filepath.Join(d.dir, "net-conf.json"), "--run-dir", filepath.Join(d.dir, "run")}, flags...)
-	d.start()
 	return d
 }
 
@@ -137,6 +145,13 @@ func (d *running) settles() {
 // start runs the daemon until stop is called, and waits until it is ready.
 func (d *running) start() {
 	d.t.Helper()
+	d.launch()
+	d.await("curl -sf http://127.0.0.1:9479/readyz")
+}
+
+// launch is start without waiting.
+func (d *running) launch() {
+	d.t.Helper()
 	cmd := d.command(d.program, append([]string{"run", "--cni-conf-dir", filepath.Join(d.dir, "cni")}, d.args...)...)
 	cmd.Env = append(os.Environ(), d.env...)
 	d.cmd = cmd
@@ -150,8 +165,14 @@ func (d *running) start() {
 			d.t.Errorf("the daemon of n%d ends with %v:\n%s", d.n, err, d.log)
 		}
 	})
-	d.t.Cleanup(d.stop)
-	d.await("curl -sf http://127.0.0.1:9479/readyz")
+	d.t.Cleanup(func() { d.stop() })
+}
+
+// end ends the daemon in one way or another.
+func (d *running) end(how syscall.Signal) {
+	_ = d.cmd.Process.Signal(how)
+	_ = d.cmd.Wait()
+	d.stop = func() {}
 }
 
 // A logged is what a process that runs has written so far.
