@@ -132,14 +132,18 @@ func (s *suite) annotationsAreChanged(t *testing.T) {
 	s.podsPing(t)
 }
 
-// hostOverride has the others send to an address of n3 that is not its InternalIP, as if there were a NAT.
+// hostOverride has the others send to an address of n3 that is not its InternalIP, as if there were a NAT. What n3 sends
+// comes from the address that it always came from, as it would not with a NAT, so the others have to be told.
 func (s *suite) hostOverride(t *testing.T) {
 	n, other := s.nodes[2], netip.MustParseAddr("192.0.2.203")
 	n.NetNS.Run(t, "ip addr add "+other.String()+"/24 dev eth0")
 	defer n.NetNS.Run(t, "ip addr del "+other.String()+"/24 dev eth0")
-	override := func(value string) {
-		s.PatchNode(t, n.Name, `{"metadata":{"annotations":{"tweed.dev/host-override":`+value+`}}}`)
+	annotate := func(key, value string) {
+		s.PatchNode(t, n.Name, `{"metadata":{"annotations":{"tweed.dev/`+key+`":`+value+`}}}`)
 	}
+	override := func(value string) { annotate("host-override", value) }
+	annotate("sources", fmt.Sprintf("%q", n.Addrs[0]))
+	defer annotate("sources", "null")
 	reachedBy := func(host netip.Addr) {
 		cluster.Await(t, "n1 to send to n3 at "+host.String(), func() error {
 			if got := s.Annotations(t, n.Name)["tweed.dev/host"]; got != host.String()+","+n.Addrs[1].String() {

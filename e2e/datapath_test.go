@@ -125,7 +125,7 @@ func (s *suite) published(t *testing.T, n *cluster.Node) error {
 		"tweed.dev/subnets":      strings.Join(n.PodCIDRs, ","),
 		"tweed.dev/host":         fmt.Sprintf("%s,%s", n.Addrs[0], n.Addrs[1]),
 		"tweed.dev/backend":      "vxlan",
-		"tweed.dev/backend-data": fmt.Sprintf(`{"vni":%d,"port":%d,"mac":%q}`, vni, vxlanPort, vtepMAC(t, n)),
+		"tweed.dev/backend-data": fmt.Sprintf(`{"vni":%d,"port":%d,"mac":%q,"inside":[4,6]}`, vni, vxlanPort, vtepMAC(t, n)),
 		"tweed.dev/network":      "10.244.0.0/16,fd00:10:244::/48",
 	}
 	have := s.Annotations(t, n.Name)
