@@ -156,6 +156,9 @@ func (v *victim) suffers(f fault) {
 		}
 	}
 	repaired := time.Since(start)
+	if repaired > soon() {
+		v.t.Errorf("%s: repaired after %v, want %v at most", what, repaired, soon())
+	}
 	back, gap := v.talk.goesOn(start)
 	v.t.Logf("%4d ms, %4d ms of silence: %s", repaired.Milliseconds(), gap.Milliseconds(), what)
 	if !back {
