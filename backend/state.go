@@ -166,6 +166,9 @@ type RuleKey struct {
 // A Rule is a policy routing rule with protocol Owner.
 type Rule struct{ RuleKey }
 
+// SetSysctl wants a setting to have a value. s has a map for them.
+func (s State) SetSysctl(name, value string) { s.Sysctls[name] = Sysctl{Name: name, Value: value} }
+
 // A Sysctl is one kernel setting. Name is its path below /proc/sys, such as net/ipv4/ip_forward.
 type Sysctl struct {
 	Name, Value string

@@ -421,8 +421,7 @@ func is6(p netip.Prefix) bool { return p.Addr().Is6() }
 func acceptAdvertised(devs []string) backend.State {
 	s := backend.State{Sysctls: map[string]backend.Sysctl{}}
 	for _, dev := range devs {
-		name := "net/ipv6/conf/" + dev + "/accept_ra"
-		s.Sysctls[name] = backend.Sysctl{Name: name, Value: "2"}
+		s.SetSysctl("net/ipv6/conf/"+dev+"/accept_ra", "2")
 	}
 	return s
 }

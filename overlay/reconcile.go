@@ -283,11 +283,15 @@ type obstacle struct {
 	missing map[string]bool // links that could not be had
 	// incomplete is set where something could not be put into the packet filter.
 	incomplete bool
+	unfilled   map[masq.Set]bool // sets without all of their addresses
 }
 
-// bars reports whether an operation must not be tried: it hangs on a link that is missing, or it takes away of the packet
-// filter what may have to stand in for what is missing there.
+// bars reports whether an operation must not be tried: it hangs on a link that is missing, it takes away of the packet
+// filter what may have to stand in for what is missing there, or it adds a rule that would take a peer for a stranger.
 func (o *obstacle) bars(op backend.Op) bool {
+	if e, ok := op.What.(masq.Entry); ok && op.Do != backend.Delete && (o.unfilled[e.Rule.SrcIn] || o.unfilled[e.Rule.DstIn]) {
+		return true
+	}
 	return o.missing[backend.Device(op.What)] || o.incomplete && masq.Retires(op)
 }
 
@@ -299,13 +303,19 @@ func (o *obstacle) grow(op backend.Op) {
 	if link, ok := op.What.(backend.Link); ok && !carries(op.Was) {
 		o.missing[link.Name] = true
 	}
+	switch what := op.What.(type) {
+	case masq.Set:
+		o.unfilled[what], o.incomplete = true, true
+	case masq.Members:
+		o.unfilled[what.Set], o.incomplete = true, true
+	}
 	o.incomplete = o.incomplete || op.What.Kind() == kindFilter
 }
 
 // apply makes the changes in order. A failed one keeps back no more than it has to.
 func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 	var res result
-	in := obstacle{missing: map[string]bool{}}
+	in := obstacle{missing: map[string]bool{}, unfilled: map[masq.Set]bool{}}
 	for len(ops) > 0 {
 		if ctx.Err() != nil {
 			res.blocked = true
@@ -331,11 +341,12 @@ func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 const atOnce = 500
 
 // together is how many operations can be made without a look at what has become of the first. What hangs on a link
-// waits for the link, and what may go of the packet filter for what comes in its place.
+// waits for the link, and what may go of the packet filter for what comes in its place,
+// and rules for their sets.
 func (o *obstacle) together(ops []backend.Op) int {
 	n := 1
 	for _, isLink := ops[0].What.(backend.Link); !isLink && n < min(len(ops), atOnce); n++ {
-		if _, isLink = ops[n].What.(backend.Link); isLink || masq.Retires(ops[n]) || o.bars(ops[n]) {
+		if _, isLink = ops[n].What.(backend.Link); isLink || masq.Retires(ops[n]) || masq.NeedsSet(ops[n]) || o.bars(ops[n]) {
 			break
 		}
 	}

@@ -333,6 +333,46 @@ func TestLinkThatCannotBeChangedStillTakesNewPeers(t *testing.T) {
 	}
 }
 
+// A rule that drops whoever is not in a set would drop every peer while the set could not be filled.
+func TestSetThatCannotBeFilledCutsOffNobody(t *testing.T) {
+	n := newNode(t)
+	n.kern.Fail(func(op backend.Op) error {
+		if _, ok := op.What.(masq.Members); ok {
+			return errors.New("no buffer space available")
+		}
+		return nil
+	})
+	n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+	for range 2 {
+		if rep := n.step(t); rep.Converged || rep.Skipped == 0 {
+			t.Errorf("report is %+v; want not converged, and rules that wait", rep)
+		}
+	}
+	named := func() (rules int) {
+		have, err := n.kern.ObserveFilter(t.Context(), masq.Ruleset{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for c, all := range have.Chains {
+			if c.Name == masq.GuardInput {
+				for _, r := range all {
+					if strings.Contains(r.Unknown, "--match-set") || r.SrcIn != (masq.Set{}) {
+						rules++
+					}
+				}
+			}
+		}
+		return rules
+	}
+	if named() > 0 {
+		t.Error("a rule goes by a set that is empty")
+	}
+	n.kern.Fail(nil)
+	if rep := n.step(t); !rep.Converged || named() == 0 {
+		t.Errorf("report is %+v, %d rules go by the set; want converged, and the guard", rep, named())
+	}
+}
+
 func TestNodeIsMadeReadyOnlyWhenOthersCanReachIt(t *testing.T) {
 	n := newNode(t)
 	n.cluster.set()

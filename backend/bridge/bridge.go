@@ -44,14 +44,14 @@ func (c Config) Desired(subnets []netip.Prefix) backend.State {
 		Sysctls: map[string]backend.Sysctl{},
 	}
 	// A host that does not forward IPv6 believes router advertisements, and any pod can send one.
-	set(s, "net/ipv6/conf/"+c.Name+"/accept_ra", "0")
+	s.SetSysctl("net/ipv6/conf/"+c.Name+"/accept_ra", "0")
 	// The bridge asks its pods for their MAC from its link-local address, which it has from its first port on. Until
 	// nobody has objected to that, for one second or two, nothing would reach the first pod by IPv6.
-	set(s, "net/ipv6/conf/"+c.Name+"/accept_dad", "0")
+	s.SetSysctl("net/ipv6/conf/"+c.Name+"/accept_dad", "0")
 	// A bridge whose MAC is changed, or changed back, says so. Else a pod that has learned the wrong one meanwhile would
 	// send there for half a minute.
-	set(s, "net/ipv4/conf/"+c.Name+"/arp_notify", "1")
-	set(s, "net/ipv6/conf/"+c.Name+"/ndisc_notify", "1")
+	s.SetSysctl("net/ipv4/conf/"+c.Name+"/arp_notify", "1")
+	s.SetSysctl("net/ipv6/conf/"+c.Name+"/ndisc_notify", "1")
 	// With the last copy of an address the kernel takes the routes from it. The uplink may lose its own at any time, and
 	// that is no reason to cut off the pods here.
 	for _, a := range c.Own {
@@ -82,14 +82,10 @@ func (c Config) serve(s backend.State, p netip.Prefix) {
 		if !route.Src.IsValid() {
 			route.Src = Gateway(p)
 		}
-		set(s, "net/ipv4/ip_forward", "1")
+		s.SetSysctl("net/ipv4/ip_forward", "1")
 	} else {
 		s.Addrs[gateway] = backend.Addr{AddrKey: gateway, NoDAD: true, NoPrefixRoute: true}
-		set(s, "net/ipv6/conf/all/forwarding", "1")
+		s.SetSysctl("net/ipv6/conf/all/forwarding", "1")
 	}
 	s.Routes[key] = route
-}
-
-func set(s backend.State, name, value string) {
-	s.Sysctls[name] = backend.Sysctl{Name: name, Value: value}
 }

@@ -42,10 +42,9 @@ func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring f
 		k.log.Info("changes of the packet filter are found by looking, not at once", "why", err)
 	} else {
 		defer filter.close()
-		lost := func() error { return nil } // nothing is remembered
-		g.Go(func() error { return k.listen(ctx, filter, heardFilter, lost, ring) })
+		g.Go(func() error { return k.listen(ctx, filter, heardFilter, func() {}, ring) }) // nothing is remembered
 	}
-	g.Go(func() error { return k.listen(ctx, routing, w.heard, func() error { w.reset(); return nil }, ring) })
+	g.Go(func() error { return k.listen(ctx, routing, w.heard, w.reset, ring) })
 	ring()
 	return g.Wait()
 }
@@ -53,7 +52,7 @@ func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring f
 // listen rings for each batch of notifications in which one was heard that matters. The socket stays subscribed while
 // it loses some, so a ring after a loss is never too early.
 func (k *Kernel) listen(ctx context.Context, s *subscription, heard func(syscall.NetlinkMessage) bool,
-	reset func() error, ring func()) error {
+	reset, ring func()) error {
 	stop := context.AfterFunc(ctx, s.close)
 	defer stop()
 	for {
@@ -62,9 +61,7 @@ func (k *Kernel) listen(ctx context.Context, s *subscription, heard func(syscall
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.EINVAL): // lost, or longer than could be read
-			if err := reset(); err != nil {
-				return err
-			}
+			reset()
 			ring()
 			continue
 		case errors.Is(err, unix.EINTR):

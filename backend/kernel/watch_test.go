@@ -116,7 +116,7 @@ func TestLostNotificationsRing(t *testing.T) {
 		done := make(chan error)
 		go func() {
 			heard := func(netlinkMessage) bool { return false }
-			done <- h.listen(ctx, s, heard, func() error { resets++; return nil }, func() { r.bell <- struct{}{} })
+			done <- h.listen(ctx, s, heard, func() { resets++ }, func() { r.bell <- struct{}{} })
 		}()
 		select {
 		case <-r.bell:

@@ -103,7 +103,7 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 		Rules:  map[backend.RuleKey]backend.Rule{}, Sysctls: map[string]backend.Sysctl{},
 	}
 	// A host that does not forward IPv6 believes router advertisements, and one could come out of the tunnel.
-	set(s, "net/ipv6/conf/"+dev+"/accept_ra", "0")
+	s.SetSysctl("net/ipv6/conf/"+dev+"/accept_ra", "0")
 	others := c.peers(peers, up)
 	old := slices.ContainsFunc(others, isOld)
 	c.own(s, self, old)
@@ -123,12 +123,8 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 		s.Routes[route.RouteKey] = route
 	}
 	// So that the check of where a packet comes from (rp_filter) goes by the mark too. It is for IPv4 alone.
-	set(s, "net/ipv4/conf/"+dev+"/src_valid_mark", "1")
+	s.SetSysctl("net/ipv4/conf/"+dev+"/src_valid_mark", "1")
 	return s
-}
-
-func set(s backend.State, name, value string) {
-	s.Sysctls[name] = backend.Sysctl{Name: name, Value: value}
 }
 
 func (c Config) link(dev string, up backend.Uplink) backend.Link {
