@@ -112,6 +112,14 @@ func (d *daemon) awaitSelf(part string) subnet.Node {
 	return self
 }
 
+// firstRings returns the number of rings once both watches have rung for their first list: what is there is seen before
+// its bell rings.
+func (d *daemon) firstRings() int64 {
+	d.t.Helper()
+	d.await("the first bells", func() bool { return d.rings.Load() >= 2 })
+	return d.rings.Load()
+}
+
 func holders(list subnet.List) (names []string) {
 	for _, l := range list.Leases {
 		names = append(names, l.Node)
@@ -202,7 +210,7 @@ func TestHeartbeatRingsNoBell(t *testing.T) {
 		d := startDaemon(t, a, "n1")
 		before := d.awaitNodes("n1", "n2")
 		d.awaitSelf("")
-		rings := d.rings.Load()
+		rings := d.firstRings()
 		for range 20 {
 			a.heartbeat("n1")
 			a.heartbeat("n2")
@@ -306,7 +314,7 @@ func TestWatchIsCut(t *testing.T) {
 		d := startDaemon(t, a, "n1")
 		before := d.awaitNodes("n1", "n2")
 		d.awaitSelf("")
-		rings := d.rings.Load()
+		rings := d.firstRings()
 		const cuts = 3
 		for range cuts {
 			a.cut()
@@ -327,7 +335,7 @@ func TestServerForgetsWhatHappened(t *testing.T) {
 		d := startDaemon(t, a, "n1")
 		before := d.awaitNodes("n1", "n2")
 		d.awaitSelf("")
-		rings := d.rings.Load()
+		rings := d.firstRings()
 		a.forget()
 		a.cut()
 		d.await("the same list again", func() bool {
@@ -389,10 +397,12 @@ func TestSelfWaitsForPodCIDRs(t *testing.T) {
 	d.awaitSelf("two subnets of one address family")
 	a.put("n1", func(n *corev1.Node) { n.Spec.PodCIDRs, n.Spec.PodCIDR = nil, "10.244.1.0/24" })
 	d.awaitSelf("")
-	rings := d.rings.Load()
 	a.put("n1", func(n *corev1.Node) { n.Spec.PodCIDRs = []string{"fd00:10:244:1::/64", "10.244.1.0/24"} })
-	d.await("a ring", func() bool { return d.rings.Load() > rings })
-	self := d.awaitSelf("")
+	var self subnet.Node
+	d.await("both subnets", func() (ok bool) {
+		self, _ = d.Self()
+		return len(self.Subnets) == 2
+	})
 	if got := fmt.Sprint(self.Name, self.Subnets, self.Addrs); got !=
 		"n1[fd00:10:244:1::/64 10.244.1.0/24] [2001:db8::1 192.0.2.1]" || self.Since.IsZero() {
 		t.Errorf("self: %s since %v", got, self.Since)
