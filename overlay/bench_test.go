@@ -207,11 +207,12 @@ const idleGoal = 45 * time.Millisecond
 // BenchmarkIdlePass is the pass that finds nothing to do, and BenchmarkJoin the one after a peer has come, by what they
 // take of the processor.
 func BenchmarkIdlePass(b *testing.B) {
-	benchmarkCPU(b, idleGoal, func(*node, []subnet.Lease, int) {})
+	benchmarkCPU(b, idleGoal, func(n *node, _ []subnet.Lease, _ int) { n.look.Store(true) })
 }
 
 func BenchmarkJoin(b *testing.B) {
 	benchmarkCPU(b, 0, func(n *node, peers []subnet.Lease, pass int) {
+		n.step(b)                        // which finds all in order, or what was done in the pass before
 		n.cluster.set(peers[pass%2:]...) // every other time one goes
 	})
 }
@@ -233,7 +234,7 @@ func benchmarkCPU(b *testing.B, goal time.Duration, before func(n *node, peers [
 					for i := range passes {
 						before(n, peers, i)
 						start := processorTime(b)
-						n.step(b)
+						n.turn(b)
 						cpu.add(processorTime(b) - start)
 					}
 				}

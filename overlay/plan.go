@@ -45,6 +45,7 @@ type Planner struct {
 	last    inputs  // of the last plan; kept in force where the next cannot be had
 	desired desired // what follows from last
 	renewed bool    // no plan has compared the kernel with desired yet
+	known   *known  // nil where only a look can tell
 	netConf netConf
 	grown   subnet.Network // as Plan.Grown, until a plan tells of it
 	changes []difference   // as Plan.Changes, likewise
@@ -133,6 +134,7 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 		}
 		return Plan{}, Waiting{For: "waiting for the first complete list of leases"}
 	}
+	p.known = nil
 	changed, refused := p.reconfigure(ctx, list)
 	if refused != nil {
 		return Plan{}, *refused
@@ -141,18 +143,12 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	if err != nil {
 		return Plan{}, err
 	}
-	if !reflect.DeepEqual(in, p.last) {
-		before := p.desired
-		p.desired, p.last = p.desire(in, list), in
+	before := p.desired
+	if p.want(in, list) {
 		p.renewed = p.renewed || !p.desired.sameKernel(before)
 	}
-	want := p.desired
-	plan := Plan{
-		Self: want.self, Uplink: in.uplink, Info: want.info, Peers: want.peers, Unpublished: want.unsaid, Stale: stale,
-		Nodes: len(want.nodes), Refused: want.refused, Counted: want.counted,
-	}
-	plan.Problems = append(plan.Problems, list.Problems...)
-	plan.Problems = append(plan.Problems, want.problems...)
+	plan := p.plan(list)
+	plan.Stale = stale
 	if changed != "" {
 		plan.Problems = append(plan.Problems, subnet.Problem{
 			Node: in.node.Name, Kind: subnet.KindConfig, Text: changed})
@@ -162,8 +158,11 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 			Node: in.node.Name, Kind: subnet.KindLease, Text: stale.For + staleSuffix})
 	}
 
-	if err := p.compare(ctx, want, &plan); err != nil {
+	if err := p.compare(ctx, &plan); err != nil {
 		return Plan{}, err
+	}
+	if stale != nil || changed != "" {
+		p.known = nil
 	}
 	plan.Again, p.renewed = !p.renewed, plan.Unread > 0
 	plan.Grown, p.grown = p.grown, nil
@@ -171,13 +170,35 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 	return plan, nil
 }
 
-// compare holds the kernel against want. Neither of the two halves waits for the other: where one cannot be read, a
+// want brings the desired state up to date, and reports whether it had to.
+func (p *Planner) want(in inputs, list subnet.List) bool {
+	if reflect.DeepEqual(in, p.last) {
+		return false
+	}
+	p.desired, p.last = p.desire(in, list), in
+	return true
+}
+
+// plan is the part of a plan that follows from what is desired alone.
+func (p *Planner) plan(list subnet.List) Plan {
+	d := p.desired
+	plan := Plan{
+		Self: d.self, Uplink: p.last.uplink, Info: d.info, Peers: d.peers, Unpublished: d.unsaid,
+		Nodes: len(d.nodes), Refused: d.refused, Counted: d.counted,
+	}
+	plan.Problems = append(plan.Problems, list.Problems...)
+	plan.Problems = append(plan.Problems, d.problems...)
+	return plan
+}
+
+// compare holds the kernel against what is desired. Neither of the two halves waits for the other: where one cannot be read, a
 // Problem says so, and the other is planned. It fails where neither can be read.
-func (p *Planner) compare(ctx context.Context, want desired, plan *Plan) error {
-	node := p.last.node.Name
+func (p *Planner) compare(ctx context.Context, plan *Plan) error {
+	node, want := p.last.node.Name, p.desired
 	plan.Wanted = want.state.Len() + want.filter.Len()
-	filterErr := p.compareFilter(ctx, want, plan)
-	stateErr := p.compareState(ctx, want, plan)
+	told := len(plan.Problems)
+	filter, filterErr := p.compareFilter(ctx, want, plan)
+	strangers, stateErr := p.compareState(ctx, want, plan)
 	if filterErr != nil && stateErr != nil {
 		return errors.Join(filterErr, stateErr)
 	}
@@ -185,13 +206,16 @@ func (p *Planner) compare(ctx context.Context, want desired, plan *Plan) error {
 		plan.Problems = append(plan.Problems, subnet.Problem{Node: node, Kind: subnet.KindKernel, Text: err.Error()})
 		plan.Unread, plan.Blocked, plan.Blind = 1, true, stateErr != nil
 	}
+	if len(plan.Ops) == 0 && !plan.Blocked && strangers == 0 {
+		p.known = &known{want.state, filter, slices.Clone(plan.Problems[told:])}
+	}
 	return nil
 }
 
-func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) error {
+func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) (masq.Ruleset, error) {
 	rules, err := p.Kernel.ObserveFilter(ctx, want.filter)
 	if err != nil {
-		return fmt.Errorf("reading the packet filter: %w", err)
+		return rules, fmt.Errorf("reading the packet filter: %w", err)
 	}
 	for _, drop := range rules.Drops {
 		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindPods, Text: drop})
@@ -202,16 +226,17 @@ func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) e
 	}
 	plan.Ops = append(plan.Ops, masq.Diff(want.filter, rules)...)
 	plan.Found += rules.Len()
-	return nil
+	return rules, nil
 }
 
-func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) (err error) {
+// compareState also counts the strangers.
+func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) (strangers int, err error) {
 	if want.state.Ports, err = p.ports(); err != nil {
-		return err
+		return 0, err
 	}
 	have, err := p.Kernel.Observe(ctx, want.state)
 	if err != nil {
-		return fmt.Errorf("reading the kernel's network state: %w", err)
+		return 0, fmt.Errorf("reading the kernel's network state: %w", err)
 	}
 	ops, problems := backend.Diff(want.state, have)
 	plan.Ops = append(plan.Ops, slices.DeleteFunc(ops, p.inUse)...)
@@ -223,7 +248,7 @@ func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) (e
 	}
 	plan.Barred = want.barred(problems, have.Strangers)
 	plan.Found += have.Len()
-	return nil
+	return len(have.Strangers), nil
 }
 
 // ports says how the pods' ends on this host should be. They are no part of what is desired: they come and go all the

@@ -50,6 +50,7 @@ type Reconciler struct {
 	meter   *meter
 
 	bell    chan struct{}
+	look    atomic.Bool         // the bell rang for something else than the list of leases
 	publish chan []subnet.Lease // holds at most the latest
 	// published is set once this node's lease stands for others to see, unpublished to why it does not.
 	published   atomic.Bool
@@ -80,6 +81,12 @@ func NewReconciler(p *Planner, cni CNIConf, version string, log *slog.Logger) *R
 
 // Ring asks for a pass. However often it is called before the next pass, one pass follows.
 func (r *Reconciler) Ring() {
+	r.look.Store(true)
+	r.ringForLeases()
+}
+
+// ringForLeases asks for a pass because of nothing but the list of leases: it need not look at the kernel.
+func (r *Reconciler) ringForLeases() {
 	select {
 	case r.bell <- struct{}{}:
 	default:
@@ -101,14 +108,20 @@ func (r *Reconciler) Passes(ctx context.Context) error {
 	again := retry
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	var looked time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-r.bell:
 		case <-timer.C:
+			r.look.Store(true)
 		}
+		start := time.Now()
 		rep := r.pass(ctx)
+		if rep.looked {
+			looked = start
+		}
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -123,7 +136,7 @@ func (r *Reconciler) Passes(ctx context.Context) error {
 		} else {
 			again = retry
 		}
-		timer.Reset(shorter(wait, r.announce(rep)))
+		timer.Reset(shorter(max(wait-start.Sub(looked), pace), r.announce(rep)))
 		if !sleep(ctx, rep.pause()) {
 			return nil
 		}
@@ -142,10 +155,11 @@ func (r Report) pause() time.Duration {
 func (r *Reconciler) pass(ctx context.Context) Report {
 	start := time.Now()
 	rep := Report{Version: r.version}
-	plan, err := r.planner.Plan(ctx)
+	plan, looked, err := r.plan(ctx)
 	if err != nil {
 		return r.report.Load().without(err)
 	}
+	rep.looked = looked
 	r.uplinks.Store(plan.bells())
 	if plan.Grown != nil {
 		r.log.Info("pod network changed", "network", listing(plan.Grown.Prefixes(), ","))
@@ -197,6 +211,20 @@ func (r *Reconciler) pass(ctx context.Context) Report {
 	}
 	rep.TookMs = float64(time.Since(start).Microseconds()) / 1000
 	return rep
+}
+
+// plan plans by a look at the kernel, unless nothing but the list of leases rang.
+func (r *Reconciler) plan(ctx context.Context) (plan Plan, looked bool, err error) {
+	if !r.look.Swap(false) {
+		if plan, ok := r.planner.PlanChange(); ok {
+			if len(plan.Ops) > 0 {
+				r.Ring()
+			}
+			return plan, false, nil
+		}
+	}
+	plan, err = r.planner.Plan(ctx)
+	return plan, true, err
 }
 
 // tellPeers has this node's leases published where they do not stand yet.

@@ -135,8 +135,15 @@ func newNode(t testing.TB) *node {
 	return n
 }
 
-// step makes one pass, and has published what the pass asks for.
+// step makes one pass that looks at the kernel, and has published what the pass asks for.
 func (n *node) step(t testing.TB) Report {
+	t.Helper()
+	n.look.Store(true)
+	return n.turn(t)
+}
+
+// turn makes one pass, as if the bell had just rung.
+func (n *node) turn(t testing.TB) Report {
 	t.Helper()
 	rep := n.pass(t.Context())
 	n.meter.note(rep)

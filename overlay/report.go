@@ -36,9 +36,11 @@ type Report struct {
 	// TookMs is the duration of the pass in milliseconds.
 	TookMs float64 `json:"tookMs"`
 
-	node  string // this node's name, as far as known
-	fight bool   // all that was done was to go on with fights
-	lack  lack
+	node string // this node's name, as far as known
+	// looked is set where the pass looked at the kernel, or tried to.
+	looked bool
+	fight  bool // all that was done was to go on with fights
+	lack   lack
 
 	census census
 	tally  *tally          // nil where no pass could be made
@@ -90,7 +92,7 @@ func (r *Report) count(plan Plan, res result, before Report) {
 // without is the report of a pass that could not be made because of err: what is known besides stays as it was.
 func (r Report) without(err error) Report {
 	r.Done, r.Failed, r.Skipped, r.Drift, r.Converged, r.Waiting = 0, 0, 0, 0, false, err.Error()
-	r.tally = nil
+	r.tally, r.looked = nil, true
 	var w Waiting
 	if errors.As(err, &w) {
 		r.lack = lack{}

@@ -26,7 +26,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return r.planner.Leases.Run(ctx, r.Ring) })
+	g.Go(func() error { return r.planner.Leases.Run(ctx, r.ringForLeases) })
 	g.Go(func() error { return r.planner.Kernel.Watch(ctx, r.isUplink, r.Ring) })
 	if r.planner.NetConf != "" {
 		g.Go(func() error { return follow(ctx, r.planner.NetConf, r.Ring, r.log) })
