@@ -2,8 +2,8 @@ package backend
 
 import "maps"
 
-// Merge is the union of states. Of two objects with one key the later state's stands. The result may share maps with
-// its arguments.
+// Merge is the union of states. Of two objects with one key the later state's stands. The states are used up: their maps
+// become those of the result, or change.
 func Merge(states ...State) State {
 	var all State
 	for _, s := range states {
@@ -22,16 +22,63 @@ func Merge(states ...State) State {
 }
 
 func union[K comparable, V any](a, b map[K]V) map[K]V {
-	if len(a) == 0 {
-		return b
-	}
-	if len(b) == 0 {
+	if a != nil && len(a) >= len(b) {
+		maps.Copy(a, b)
 		return a
 	}
-	all := make(map[K]V, len(a)+len(b))
-	maps.Copy(all, a)
-	maps.Copy(all, b)
-	return all
+	for k, v := range a {
+		if _, later := b[k]; !later {
+			b[k] = v
+		}
+	}
+	return b
+}
+
+// Swap puts what leads to some peers, now, in the place of what led to them, was, and reports whether it did. It does
+// nothing where s does not hold all of was, or holds something else where now has to go; or where either of the two has
+// more than is for peers which s does not have too.
+func (s *State) Swap(was, now State) bool {
+	if !swappable(s.Neighs, was.Neighs, now.Neighs) || !swappable(s.FDB, was.FDB, now.FDB) ||
+		!swappable(s.Routes, was.Routes, now.Routes) {
+		return false
+	}
+	for _, t := range [...]State{was, now} {
+		if !within(s.Links, t.Links) || !within(s.Addrs, t.Addrs) || !within(s.Rules, t.Rules) ||
+			!within(s.Sysctls, t.Sysctls) || !within(s.Ports, t.Ports) {
+			return false
+		}
+	}
+	s.Neighs = swapped(s.Neighs, was.Neighs, now.Neighs)
+	s.FDB = swapped(s.FDB, was.FDB, now.FDB)
+	s.Routes = swapped(s.Routes, was.Routes, now.Routes)
+	return true
+}
+
+func swappable[K, V comparable](all, was, now map[K]V) bool {
+	for k := range now {
+		_, there := all[k]
+		if _, goes := was[k]; there && !goes {
+			return false
+		}
+	}
+	return within(all, was)
+}
+
+// within reports whether all holds each of some.
+func within[K, V comparable](all, some map[K]V) bool {
+	for k, v := range some {
+		if have, there := all[k]; !there || have != v {
+			return false
+		}
+	}
+	return true
+}
+
+func swapped[K comparable, V any](all, was, now map[K]V) map[K]V {
+	for k := range was {
+		delete(all, k)
+	}
+	return union(all, now)
 }
 
 // Len is the number of objects in s.

@@ -42,10 +42,11 @@ type Planner struct {
 	// SysctlRoot is where the host's /proc/sys is found.
 	SysctlRoot string
 
-	last    inputs  // of the last plan; kept in force where the next cannot be had
-	desired desired // what follows from last
-	renewed bool    // no plan has compared the kernel with desired yet
-	known   *known  // nil where only a look can tell
+	last    inputs         // of the last plan; kept in force where the next cannot be had
+	listed  []subnet.Lease // in the list of the last plan
+	desired desired        // what follows from both
+	renewed bool           // no plan has compared the kernel with desired yet
+	known   *known         // nil where only a look can tell
 	netConf netConf
 	grown   subnet.Network // as Plan.Grown, until a plan tells of it
 	changes []difference   // as Plan.Changes, likewise
@@ -100,6 +101,7 @@ type inputs struct {
 // desired is what the kernel should hold.
 type desired struct {
 	state    backend.State
+	filtered masq.Config // what filter follows from, but for the peers
 	filter   masq.Ruleset
 	counted  map[masq.Chain][]string
 	self     []subnet.Lease
@@ -109,6 +111,7 @@ type desired struct {
 	info     podnet.NodeInfo
 	problems []subnet.Problem
 	unsaid   bool // self is not what the list holds for this node
+	plain    bool // no two nodes claim the same, and what leads to a peer depends on its own leases alone
 }
 
 // A Waiting error says what has to come before anything can be planned.
@@ -175,7 +178,7 @@ func (p *Planner) want(in inputs, list subnet.List) bool {
 	if reflect.DeepEqual(in, p.last) {
 		return false
 	}
-	p.desired, p.last = p.desire(in, list), in
+	p.desired, p.last, p.listed = p.desire(in, list), in, list.Leases
 	return true
 }
 
@@ -195,7 +198,7 @@ func (p *Planner) plan(list subnet.List) Plan {
 // Problem says so, and the other is planned. It fails where neither can be read.
 func (p *Planner) compare(ctx context.Context, plan *Plan) error {
 	node, want := p.last.node.Name, p.desired
-	plan.Wanted = want.state.Len() + want.filter.Len()
+	plan.Wanted = want.len()
 	told := len(plan.Problems)
 	filter, filterErr := p.compareFilter(ctx, want, plan)
 	strangers, stateErr := p.compareState(ctx, want, plan)
@@ -207,7 +210,7 @@ func (p *Planner) compare(ctx context.Context, plan *Plan) error {
 		plan.Unread, plan.Blocked, plan.Blind = 1, true, stateErr != nil
 	}
 	if len(plan.Ops) == 0 && !plan.Blocked && strangers == 0 {
-		p.known = &known{want.state, filter, slices.Clone(plan.Problems[told:])}
+		p.known = &known{filter, slices.Clone(plan.Problems[told:])}
 	}
 	return nil
 }
@@ -345,8 +348,9 @@ func (p *Planner) place(ctx context.Context, ifaces []backend.Interface) (subnet
 func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 	w := p.Config.way(in.node.Name, in.uplink)
 	d.self = own(in, w)
-	rules := subnet.Rules{Network: p.Config.Network, ExactLength: in.node.Leased, Judge: w.judge}
-	peers := d.settle(in.node.Name, rules, list.Leases)
+	peers := d.settle(in.node.Name, p.rules(in, w), list.Leases)
+	d.plain = !p.Config.Backend.direct() &&
+		!slices.ContainsFunc(d.problems, func(p subnet.Problem) bool { return p.Kind == subnet.KindConflict })
 
 	d.info = podnet.NodeInfo{
 		Node: in.node.Name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
@@ -364,19 +368,33 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 		acceptAdvertised(in.advertised),
 		reach,
 	)
-	d.filter = masq.Config{
+	d.filtered = masq.Config{
 		Form: p.Config.PacketFilter, Network: p.Config.Network, Subnets: served, Port: w.port,
-		Device: w.device, Own: own, Near: near(peers, reach),
+		Device: w.device, Own: own, Near: p.Config.Backend.near(peers, reach),
 		NonMasquerade: p.Config.NonMasquerade, Guard: p.Config.Backend.Guard, AcceptPeers: p.Config.Backend.AcceptPeers,
-		Underlay: masq.FamilyOf(in.uplink.Local), Peers: endpoints(peers),
-	}.Desired()
+		Underlay: masq.FamilyOf(in.uplink.Local),
+	}
+	d.filter = d.filteredFor(peers)
 	d.counted = d.filter.Counted()
 	d.warn(in)
 	return d
 }
 
+// rules say which leases are good for this node.
+func (p *Planner) rules(in inputs, w way) subnet.Rules {
+	return subnet.Rules{Network: p.Config.Network, ExactLength: in.node.Leased, Judge: w.judge}
+}
+
+// filteredFor is what the packet filter should hold for peers.
+func (d *desired) filteredFor(peers []subnet.Lease) masq.Ruleset {
+	c := d.filtered
+	c.Peers = endpoints(peers)
+	return c.Desired()
+}
+
 // endpoints lists the addresses that peers' encapsulated packets go to or come from.
-func endpoints(peers []subnet.Lease) (all []netip.Addr) {
+func endpoints(peers []subnet.Lease) []netip.Addr {
+	all := make([]netip.Addr, 0, len(peers))
 	for _, l := range peers {
 		all = append(append(all, l.Host), l.Sources...)
 	}
@@ -397,11 +415,11 @@ func own(in inputs, w way) (own []subnet.Lease) {
 // settle returns the leases of other nodes that are to be reached. Of listed ones, this node's own are as old as the
 // list; what counts is what they are now.
 func (d *desired) settle(self string, rules subnet.Rules, listed []subnet.Lease) []subnet.Lease {
-	d.unsaid = !slices.EqualFunc(ofNode(d.self, self), ofNode(listed, self), samePublished)
+	d.compareOwn(self, listed)
 	leases := append(make([]subnet.Lease, 0, len(d.self)+len(listed)), d.self...)
-	for _, l := range listed {
-		if l.Node != self {
-			leases = append(leases, l)
+	for i := range listed {
+		if listed[i].Node != self {
+			leases = append(leases, listed[i])
 		}
 	}
 	peers, problems := subnet.Settle(self, rules, leases)
@@ -412,6 +430,11 @@ func (d *desired) settle(self string, rules subnet.Rules, listed []subnet.Lease)
 	}
 	d.nodes = slices.Compact(d.nodes) // peers are sorted by node
 	return peers
+}
+
+// compareOwn notes whether this node's own leases are listed as they are.
+func (d *desired) compareOwn(self string, listed []subnet.Lease) {
+	d.unsaid = !slices.EqualFunc(ofNode(d.self, self), ofNode(listed, self), samePublished)
 }
 
 // warn names what keeps this node's pods from working although everything is as desired.
@@ -454,9 +477,9 @@ func acceptAdvertised(devs []string) backend.State {
 // ofNode returns a node's leases, sorted.
 func ofNode(leases []subnet.Lease, node string) []subnet.Lease {
 	var own []subnet.Lease
-	for _, l := range leases {
-		if l.Node == node {
-			own = append(own, l)
+	for i := range leases {
+		if leases[i].Node == node {
+			own = append(own, leases[i])
 		}
 	}
 	slices.SortFunc(own, func(a, b subnet.Lease) int { return a.Subnet.Addr().Compare(b.Subnet.Addr()) })

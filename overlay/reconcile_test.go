@@ -46,7 +46,8 @@ func (c *cluster) List() (subnet.List, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	l := c.list
-	l.Leases = append(append([]subnet.Lease(nil), l.Leases...), c.published...)
+	l.Leases = append(slices.Clone(c.published), l.Leases...)
+	slices.SortStableFunc(l.Leases, func(a, b subnet.Lease) int { return strings.Compare(a.Node, b.Node) })
 	return l, c.listed
 }
 

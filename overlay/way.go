@@ -57,7 +57,10 @@ func (w way) own(up backend.Uplink, state backend.State) []netip.Addr {
 }
 
 // near are the addresses of nodes that state leads to without a tunnel, and which so send to pods here.
-func near(peers []subnet.Lease, state backend.State) (nodes []netip.Addr) {
+func (b BackendConfig) near(peers []subnet.Lease, state backend.State) (nodes []netip.Addr) {
+	if !b.direct() {
+		return nil
+	}
 	for _, l := range peers {
 		r := state.Routes[backend.RouteKey{Table: backend.MainTable, Dst: l.Subnet}]
 		if r.Via.IsValid() && r.Via == l.NodeAddr() {

@@ -36,9 +36,9 @@ func Settle(self string, rules Rules, leases []Lease) (peers []Lease, problems [
 		good: make([]*contender, 0, len(leases)), winners: make([]int, 0, len(leases)),
 	}
 	contenders := make([]contender, len(leases)) // all at once, as there are thousands
-	for i, l := range leases {
+	for i := range leases {
 		c := &contenders[i]
-		c.Lease = l
+		c.Lease = &leases[i]
 		if s.judge(c) {
 			s.good = append(s.good, c)
 		}
@@ -55,7 +55,7 @@ func Settle(self string, rules Rules, leases []Lease) (peers []Lease, problems [
 	peers = make([]Lease, 0, len(winners))
 	for _, w := range winners {
 		if w.Node != self && !s.excluded(w) {
-			peers = append(peers, w.Lease)
+			peers = append(peers, *w.Lease)
 		}
 	}
 	slices.SortFunc(s.problems, byProblem)
@@ -64,7 +64,7 @@ func Settle(self string, rules Rules, leases []Lease) (peers []Lease, problems [
 
 // A contender is a lease that is good by itself.
 type contender struct {
-	Lease
+	*Lease
 	identity string
 }
 
@@ -88,7 +88,7 @@ type settling struct {
 func (s *settling) judge(c *contender) (good bool) {
 	var unusable error
 	if s.rules.Judge != nil {
-		c.identity, unusable = s.rules.Judge(c.Lease)
+		c.identity, unusable = s.rules.Judge(*c.Lease)
 	}
 	if c.Node == s.self {
 		s.own = append(s.own, c)
@@ -96,15 +96,15 @@ func (s *settling) judge(c *contender) (good bool) {
 	good = true
 	for _, err := range [...]error{s.rules.checkSubnet(c.Subnet), s.rules.checkHost(c.Host), unusable} {
 		if err != nil {
-			s.refuse(c.Lease, KindLease, fmt.Sprintf("%v; pods on %s cannot be reached", err, c.Node))
+			s.refuse(c.Node, KindLease, fmt.Sprintf("%v; pods on %s cannot be reached", err, c.Node))
 			good = false
 		}
 	}
 	return good
 }
 
-func (s *settling) refuse(l Lease, kind, text string) {
-	s.problems = append(s.problems, Problem{Node: l.Node, Kind: kind, Text: text})
+func (s *settling) refuse(node, kind, text string) {
+	s.problems = append(s.problems, Problem{Node: node, Kind: kind, Text: text})
 }
 
 func (r Rules) checkSubnet(p netip.Prefix) error {
@@ -166,13 +166,13 @@ func (s *settling) compete(i int) {
 	})
 	for _, w := range s.winners[max(at-1, 0):min(at+1, len(s.winners))] {
 		if w := s.good[w]; w.Subnet.Overlaps(c.Subnet) {
-			s.refuse(c.Lease, KindConflict, lostSubnet(c, w))
+			s.refuse(c.Node, KindConflict, lostSubnet(c, w))
 			return
 		}
 	}
 	owner, taken := s.owners[c.identity]
 	if taken && owner.Node != c.Node {
-		s.refuse(c.Lease, KindConflict, lostIdentity(c, owner))
+		s.refuse(c.Node, KindConflict, lostIdentity(c, owner))
 		return
 	}
 	if c.identity != "" && !taken {
@@ -187,11 +187,11 @@ func (s *settling) excluded(w *contender) bool {
 	excluded := false
 	for _, own := range s.own {
 		if own.Subnet.Overlaps(w.Subnet) {
-			s.refuse(own.Lease, KindConflict, lostSubnet(own, w))
+			s.refuse(own.Node, KindConflict, lostSubnet(own, w))
 			excluded = true
 		}
 		if own.identity != "" && own.identity == w.identity {
-			s.refuse(own.Lease, KindConflict, lostIdentity(own, w))
+			s.refuse(own.Node, KindConflict, lostIdentity(own, w))
 			excluded = true
 		}
 	}

@@ -395,7 +395,7 @@ func TestWinnersAreThoseOfThePlainRule(t *testing.T) {
 		rules := testRules()
 		leases := crowd().Draw(t, "leases")
 		slices.SortFunc(leases, func(a, b Lease) int {
-			return oldestFirst(&contender{Lease: a}, &contender{Lease: b})
+			return oldestFirst(&contender{Lease: &a}, &contender{Lease: &b})
 		})
 		var want []Lease
 		for _, l := range leases {
@@ -407,7 +407,7 @@ func TestWinnersAreThoseOfThePlainRule(t *testing.T) {
 				want = append(want, l)
 			}
 		}
-		slices.SortFunc(want, func(a, b Lease) int { return byNode(&contender{Lease: a}, &contender{Lease: b}) })
+		slices.SortFunc(want, func(a, b Lease) int { return byNode(&contender{Lease: &a}, &contender{Lease: &b}) })
 		if got, _ := Settle("nobody", rules, leases); !slices.EqualFunc(got, want, Lease.Equal) {
 			t.Fatalf("winners are %s\nwant %s", brief(got), brief(want))
 		}

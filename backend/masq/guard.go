@@ -111,12 +111,13 @@ func (c Config) addGuard(r *Ruleset) {
 	if c.Form == NFTables {
 		r.Tables[peers.table()] = true
 	}
-	r.Sets[peers] = map[netip.Addr]bool{}
+	members := make(map[netip.Addr]bool, len(c.Peers))
 	for _, a := range c.Peers {
 		if FamilyOf(a) == c.Underlay {
-			r.Sets[peers][a] = true
+			members[a] = true
 		}
 	}
+	r.Sets[peers] = members
 	chains := [][]Rule{c.guardInput(peers), c.guardForward(peers), c.untrackedIn(peers), c.untrackedOut(peers)}
 	for i, g := range guards() {
 		way := g.way(c.Form, c.Underlay)

@@ -22,16 +22,7 @@ type Data struct {
 
 // Data is this node's own, as it goes into its leases.
 func (c Config) Data() json.RawMessage {
-	own := append(append(c.dataPrefix(), MAC(c.Node).String()...), `","inside":`...)
-	return append(append(own, c.inside().text()...), '}')
-}
-
-// A node's Data is a prefix that all nodes share, its MAC, and what of it is inside, or a suffix without.
-func (c Config) dataPrefix() []byte {
-	b := make([]byte, 0, 64)
-	b = strconv.AppendUint(append(b, `{"vni":`...), uint64(c.VNI), 10)
-	b = strconv.AppendUint(append(b, `,"port":`...), uint64(c.Port), 10)
-	return append(b, `,"mac":"`...)
+	return fmt.Appendf(nil, `{"vni":%d,"port":%d,"mac":"%v","inside":%s}`, c.VNI, c.Port, MAC(c.Node), c.inside().text())
 }
 
 // ParseData reads the Data of a lease. Keys that it does not know are left for later versions.
@@ -65,12 +56,14 @@ func ParseData(raw json.RawMessage) (Data, error) {
 	return d, nil
 }
 
-// parse is ParseData, but quick where raw is just as this node would write it. Nearly all of it is, and there are
-// thousands.
+// parse is ParseData, but quick where raw is just as this node would write it, for another MAC. Nearly all of it is, and
+// there are thousands.
 func (c Config) parse(raw json.RawMessage) (Data, error) {
 	const macLen = len("0e:6b:2c:01:02:03")
-	rest, ours := bytes.CutPrefix(raw, c.dataPrefix())
-	if !ours || len(rest) < macLen {
+	rest, vni := cutNumber(raw, `{"vni":`, uint64(c.VNI))
+	rest, port := cutNumber(rest, `,"port":`, uint64(c.Port))
+	rest, mac := bytes.CutPrefix(rest, []byte(`,"mac":"`))
+	if !vni || !port || !mac || len(rest) < macLen {
 		return ParseData(raw)
 	}
 	inside, plain := insideOf(rest[macLen:])
@@ -78,6 +71,14 @@ func (c Config) parse(raw json.RawMessage) (Data, error) {
 		return Data{VNI: c.VNI, Port: c.Port, MAC: m, Inside: inside}, nil
 	}
 	return ParseData(raw)
+}
+
+// cutNumber returns b without what it begins with, and whether that is prefix and n in decimal.
+func cutNumber(b []byte, prefix string, n uint64) (rest []byte, found bool) {
+	var digits [20]byte // as many as the largest has
+	rest, prefixed := bytes.CutPrefix(b, []byte(prefix))
+	rest, found = bytes.CutPrefix(rest, strconv.AppendUint(digits[:0], n, 10))
+	return rest, prefixed && found
 }
 
 // quote shows a value that somebody else wrote: shortened, and nothing in it that a terminal obeys.

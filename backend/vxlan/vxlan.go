@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"time"
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/subnet"
@@ -107,17 +108,17 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 	others := c.peers(peers, up)
 	old := slices.ContainsFunc(others, isOld)
 	c.own(s, self, old)
-	nodes := map[netip.Addr]subnet.Lease{} // by their addresses
+	joined := make(map[netip.Addr]time.Time, len(others)) // of the nodes, by their addresses
 	for _, p := range others {
 		route := p.reach(s, dev, c.source(p, old))
 		if p.direct || !p.Inside.Has(p.NodeAddr()) {
 			continue
 		}
 		// Of two nodes that publish one address the older is believed, as with a subnet.
-		if other, taken := nodes[p.NodeAddr()]; taken && !p.Since.Before(other.Since) {
+		if since, taken := joined[p.NodeAddr()]; taken && !p.Since.Before(since) {
 			continue
 		}
-		nodes[p.NodeAddr()] = p.Lease
+		joined[p.NodeAddr()] = p.Since
 		route.Src = netip.Addr{}
 		route.RouteKey = backend.RouteKey{Table: backend.NodesTable, Dst: single(p.NodeAddr())}
 		s.Routes[route.RouteKey] = route
