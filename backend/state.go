@@ -27,6 +27,9 @@ type State struct {
 	Rules   map[RuleKey]Rule
 	Sysctls map[string]Sysctl
 	Ports   map[string]Port
+	// Version tells states of one maker apart: two of them with one Version, other than 0, hold the same neighbours, FDB
+	// entries and routes. It does not count in comparisons.
+	Version uint64
 }
 
 // Observed is what a host's kernel holds: what is ours, and what is not ours but stands where something of ours should.

@@ -80,6 +80,7 @@ func (p *Planner) amend(list subnet.List) (ops []backend.Op, ok bool) {
 	if !d.state.Swap(was, now) {
 		return nil, false
 	}
+	d.state.Version++
 	ops = append(p.amendFilter(d.filteredFor(gone), d.filteredFor(come)), ops...)
 	d.amendNodes(gone, come)
 	d.compareOwn(self, list.Leases)

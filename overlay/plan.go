@@ -178,7 +178,9 @@ func (p *Planner) want(in inputs, list subnet.List) bool {
 	if reflect.DeepEqual(in, p.last) {
 		return false
 	}
+	version := p.desired.state.Version + 1
 	p.desired, p.last, p.listed = p.desire(in, list), in, list.Leases
+	p.desired.state.Version = version
 	return true
 }
 

@@ -5,6 +5,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"log/slog"
 	"sync"
 
@@ -34,12 +35,15 @@ type Kernel struct {
 	filters map[masq.Variant]*filter // of iptables
 	nft     *nftables
 	sets    *ipsets
+	seed    maphash.Seed // of memory's digests
 
 	mu    sync.Mutex
 	index map[string]int               // of links, as last seen
 	inUse map[masq.Family]masq.Variant // of iptables, as last seen
 	named map[string]masq.Variant      // what programs are, by their paths
 	inWay map[any]bool                 // strangers that stood where something of ours should, as last seen; see isInWay
+
+	remembered memory
 }
 
 // errPermission is what every refusal for lack of rights ends in.
@@ -67,7 +71,7 @@ func New(o Options) (*Kernel, error) {
 	}
 	k := &Kernel{
 		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, nft: dialNFT(), sets: dialIPSet(), index: map[string]int{},
-		inUse: map[masq.Family]masq.Variant{}, named: map[string]masq.Variant{},
+		inUse: map[masq.Family]masq.Variant{}, named: map[string]masq.Variant{}, seed: maphash.MakeSeed(),
 	}
 	k.filters = newFilters(k)
 	return k, nil

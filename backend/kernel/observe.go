@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -22,8 +23,7 @@ func (k *Kernel) Observe(ctx context.Context, want backend.State) (backend.Obser
 		alien: map[fib]*route{},
 	}
 	for _, look := range []func() error{
-		s.lookAtLinks, s.lookAtAddrs, s.lookAtNeighs, s.lookAtRoutes, s.lookAtRules, s.lookAtSysctls,
-		s.lookAtPorts,
+		s.lookAtLinks, s.lookAtAddrs, s.lookAtEntries, s.lookAtRules, s.lookAtSysctls, s.lookAtPorts,
 	} {
 		if err := ctx.Err(); err != nil {
 			return backend.Observed{}, err
@@ -48,6 +48,7 @@ type survey struct {
 	ours  map[int]link   // by index
 	inWay map[any]bool   // as in Kernel
 
+	digests    []uint64 // as in memory, of what has been read
 	neighsSeen seen[backend.NeighKey, backend.Neigh]
 	fdbSeen    seen[backend.FDBKey, backend.FDBEntry]
 	routesSeen seen[backend.RouteKey, backend.Route]
@@ -217,31 +218,43 @@ func (s *survey) lookAtAddrs() error {
 // lookAtNeighs reads neighbours and FDB entries of our VXLAN devices. The bridge's are its own: it learns them.
 func (s *survey) lookAtNeighs() error {
 	s.neighsSeen, s.fdbSeen = newSeen(s.want.Neighs), newSeen(s.want.FDB)
-	for _, l := range s.ours {
+	err := s.eachNeigh(func(l link, b []byte) {
+		s.digests = append(s.digests, s.neighDigest(b))
+		n, ok := parseNeigh(b)
+		switch {
+		case ok && n.family == unix.AF_BRIDGE:
+			s.addFDB(l, n)
+		case ok:
+			s.addNeigh(l, n)
+		}
+	})
+	s.have.Neighs, s.have.FDB = s.neighsSeen.all(), s.fdbSeen.all()
+	return err
+}
+
+// eachNeigh calls take for the message of each permanent neighbour and FDB entry of our VXLAN devices. Nothing needs to be
+// forgotten before another try: what is gone by then is found out by the next pass.
+func (s *survey) eachNeigh(take func(l link, b []byte)) error {
+	for _, index := range slices.Sorted(maps.Keys(s.ours)) {
+		l := s.ours[index]
 		if !l.is(backend.KindVXLAN) {
 			continue
 		}
-		if err := s.neighs(unix.AF_UNSPEC, l, s.addNeigh); err != nil {
-			return fmt.Errorf("listing neighbours of %s: %w", l.name, err)
-		}
-		if err := s.neighs(unix.AF_BRIDGE, l, s.addFDB); err != nil {
-			return fmt.Errorf("listing the FDB of %s: %w", l.name, err)
+		for _, family := range [...]uint8{unix.AF_UNSPEC, unix.AF_BRIDGE} {
+			m := make(message, unix.SizeofNdMsg, 32)
+			m[0] = family
+			m.u32(unix.NDA_IFINDEX, uint32(index))
+			err := s.conn.dump(unix.RTM_GETNEIGH, m, func() {}, func(b []byte) {
+				if isPermanent(b, index) {
+					take(l, b)
+				}
+			})
+			if err != nil {
+				return fmt.Errorf("listing neighbours and the FDB of %s: %w", l.name, err)
+			}
 		}
 	}
-	s.have.Neighs, s.have.FDB = s.neighsSeen.all(), s.fdbSeen.all()
 	return nil
-}
-
-func (s *survey) neighs(family uint8, l link, add func(link, neighbour)) error {
-	m := make(message, unix.SizeofNdMsg, 32)
-	m[0] = family
-	m.u32(unix.NDA_IFINDEX, uint32(l.index))
-	// Nothing needs to be forgotten before another try: what is gone by then is found out by the next pass.
-	return s.conn.dump(unix.RTM_GETNEIGH, m, func() {}, func(b []byte) {
-		if n, ok := parseNeigh(b); ok && n.index == l.index && n.state&unix.NUD_PERMANENT != 0 {
-			add(l, n)
-		}
-	})
 }
 
 func (s *survey) addNeigh(l link, n neighbour) {

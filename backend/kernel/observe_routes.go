@@ -15,10 +15,15 @@ const kernelMetric6 = 1024
 
 func (s *survey) lookAtRoutes() error {
 	s.routesSeen = newSeen(s.want.Routes)
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+	for _, family := range routeFamilies() {
 		var unnamed []route // whose device has to be asked for, which the socket cannot be in the middle of a dump
 		// Nothing needs to be forgotten before another try: what is gone by then is found out by the next pass.
-		err := s.eachRoute(family, backend.Owner, unix.RT_TABLE_UNSPEC, func() {}, func(r route) {
+		err := s.eachRouteMessage(family, backend.Owner, unix.RT_TABLE_UNSPEC, func() {}, func(b []byte) {
+			s.digests = append(s.digests, s.routeDigest(b))
+			r, ok := parseRoute(b)
+			if !ok || !r.is(family, backend.Owner, unix.RT_TABLE_UNSPEC) {
+				return
+			}
 			if _, named := s.names[r.dev]; named || r.dev == 0 {
 				s.addRoute(r, s.names[r.dev])
 			} else {
@@ -55,22 +60,35 @@ func (k *Kernel) routes(family, protocol uint8, table int) (routes []route, err 
 
 // eachRoute calls take for each of these routes, and reset before each try.
 func (k *Kernel) eachRoute(family, protocol uint8, table int, reset func(), take func(route)) error {
+	return k.eachRouteMessage(family, protocol, table, reset, func(b []byte) {
+		if protocol == 0 && len(b) >= unix.SizeofRtMsg && b[5] == backend.Owner {
+			return // there are thousands
+		}
+		r, ok := parseRoute(b)
+		if ok && r.is(family, protocol, table) {
+			take(r)
+		}
+	})
+}
+
+// is reports whether r is one of those that are asked for.
+func (r route) is(family, protocol uint8, table int) bool {
+	return r.family == family && r.flags&unix.RTM_F_CLONED == 0 &&
+		(protocol == 0 || r.protocol == protocol) && (table == unix.RT_TABLE_UNSPEC || r.key.Table == table)
+}
+
+// routeFamilies are those that routes are read of, one after the other.
+func routeFamilies() [2]uint8 { return [...]uint8{unix.AF_INET, unix.AF_INET6} }
+
+// eachRouteMessage is eachRoute before anything is read. An old kernel lists other routes as well.
+func (k *Kernel) eachRouteMessage(family, protocol uint8, table int, reset func(), take func(b []byte)) error {
 	m := make(message, unix.SizeofRtMsg, 32)
 	m[0], m[5] = family, protocol
 	// To ask for a table that nobody has used yet is an error, and the library does not survive how it is told.
 	if table == unix.RT_TABLE_MAIN {
 		m.u32(unix.RTA_TABLE, uint32(table))
 	}
-	err := k.conn.dump(unix.RTM_GETROUTE, m, reset, func(b []byte) {
-		if protocol == 0 && len(b) >= unix.SizeofRtMsg && b[5] == backend.Owner {
-			return // there are thousands
-		}
-		r, ok := parseRoute(b)
-		if ok && r.family == family && r.flags&unix.RTM_F_CLONED == 0 &&
-			(protocol == 0 || r.protocol == protocol) && (table == unix.RT_TABLE_UNSPEC || r.key.Table == table) {
-			take(r)
-		}
-	})
+	err := k.conn.dump(unix.RTM_GETROUTE, m, reset, take)
 	if errors.Is(err, unix.ENOENT) { // nobody has used the table yet
 		return nil
 	}

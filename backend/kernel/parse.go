@@ -183,6 +183,12 @@ type neighbour struct {
 	odd    bool // an FDB entry with a port, a VNI, an interface or a nexthop of its own
 }
 
+// isPermanent reports whether a message is of a permanent neighbour or FDB entry of the device with an index.
+func isPermanent(b []byte, index int) bool {
+	return len(b) >= unix.SizeofNdMsg && int(int32(binary.NativeEndian.Uint32(b[4:]))) == index &&
+		binary.NativeEndian.Uint16(b[8:])&unix.NUD_PERMANENT != 0
+}
+
 func parseNeigh(b []byte) (neighbour, bool) {
 	if len(b) < unix.SizeofNdMsg {
 		return neighbour{}, false
