@@ -49,10 +49,8 @@ type Kernel interface {
 	ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Ruleset, error)
 	// RuleCounts returns how many packets each rule of a chain of ours has matched, in their order.
 	RuleCounts(ctx context.Context, c masq.Chain) ([]uint64, error)
-	// Apply makes one change.
-	Apply(ctx context.Context, op backend.Op) error
-	// ApplyAll makes changes in their order and returns what Apply would for each. One that fails keeps none of the others
-	// from being made.
+	// ApplyAll makes changes in their order and returns what came of each. One that fails keeps none of the others from
+	// being made.
 	ApplyAll(ctx context.Context, ops []backend.Op) []error
 	// Watch calls ring, until ctx ends, whenever something of ours or of an uplink may have changed.
 	Watch(ctx context.Context, uplink func(dev string) bool, ring func()) error
