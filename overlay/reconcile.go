@@ -15,8 +15,8 @@ import (
 	"tweed.dev/tweed/subnet"
 )
 
-// kindFilter is that of what the packet filter consists of.
-const kindFilter = "filter"
+// The kinds of what the packet filter consists of.
+const kindFilter, kindSet = "filter", "set"
 
 const (
 	// pace is the shortest time from the end of one pass to the next. It keeps a storm of events from making us spin.
@@ -344,13 +344,21 @@ const atOnce = 500
 // waits for the link, and what may go of the packet filter for what comes in its place,
 // and rules for their sets.
 func (o *obstacle) together(ops []backend.Op) int {
-	n := 1
-	for _, isLink := ops[0].What.(backend.Link); !isLink && n < min(len(ops), atOnce); n++ {
-		if _, isLink = ops[n].What.(backend.Link); isLink || masq.Retires(ops[n]) || masq.NeedsSet(ops[n]) || o.bars(ops[n]) {
-			break
+	var adds, fills bool // to the packet filter; to its sets
+	for n, op := range ops[:min(len(ops), atOnce)] {
+		_, isLink := op.What.(backend.Link)
+		waits := isLink || adds && masq.Retires(op) || fills && masq.NeedsSet(op) || o.bars(op)
+		if n > 0 && waits {
+			return n
 		}
+		if isLink {
+			return 1
+		}
+		set := op.What.Kind() == kindSet
+		fills = fills || set && op.Do != backend.Delete
+		adds = adds || (set || op.What.Kind() == kindFilter) && op.Do != backend.Delete
 	}
-	return n
+	return min(len(ops), atOnce)
 }
 
 // note records what came of the next operation.
