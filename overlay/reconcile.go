@@ -341,22 +341,22 @@ func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 const atOnce = 500
 
 // together is how many operations can be made without a look at what has become of the first. What hangs on a link
-// waits for the link, and what may go of the packet filter for what comes in its place,
-// and rules for their sets.
+// waits for the link, what may go of the packet filter for what comes in its place, and all of it for its sets: some
+// rules do, and what is given away at once may be one process.
 func (o *obstacle) together(ops []backend.Op) int {
-	var adds, fills bool // to the packet filter; to its sets
+	var adds, fills bool // the packet filter; a set of it
 	for n, op := range ops[:min(len(ops), atOnce)] {
 		_, isLink := op.What.(backend.Link)
-		waits := isLink || adds && masq.Retires(op) || fills && masq.NeedsSet(op) || o.bars(op)
-		if n > 0 && waits {
+		set, filter := op.What.Kind() == kindSet, op.What.Kind() == kindFilter
+		if n > 0 && (isLink || adds && masq.Retires(op) || fills && filter || o.bars(op)) {
 			return n
 		}
 		if isLink {
 			return 1
 		}
-		set := op.What.Kind() == kindSet
-		fills = fills || set && op.Do != backend.Delete
-		adds = adds || (set || op.What.Kind() == kindFilter) && op.Do != backend.Delete
+		if op.Do != backend.Delete {
+			fills, adds = fills || set, adds || set || filter
+		}
 	}
 	return min(len(ops), atOnce)
 }
