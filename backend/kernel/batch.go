@@ -51,8 +51,8 @@ func (k *Kernel) ApplyAll(ctx context.Context, ops []backend.Op) []error {
 	return errs
 }
 
-// applyFiltered makes the first of ops, together with those behind it that are for the same family of the same iptables,
-// and returns what became of them.
+// applyFiltered makes the first of ops, together with those behind it that are for the same family of the same
+// iptables, and returns what became of them.
 func (k *Kernel) applyFiltered(ctx context.Context, ops []backend.Op) (errs []error) {
 	f, family := k.filterOf(ops[0].What)
 	n := 1

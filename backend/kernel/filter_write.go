@@ -37,8 +37,8 @@ var errNotStarted = errors.New("cannot be started")
 func (f *filter) apply(op backend.Op) error { return f.applyAll([]backend.Op{op})[0] }
 
 // applyAll makes changes of one family in their order, many in one process, and returns what became of each. What was
-// seen before counts no more, however they end. Where another program has the lock, it is waited for once in a pass, and
-// not once for each change.
+// seen before counts no more, however they end. Where another program has the lock, it is waited for once in a pass,
+// and not once for each change.
 func (f *filter) applyAll(ops []backend.Op) []error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -181,8 +181,8 @@ func refusedIn(blocks []block, err error) (block, bool) {
 // lines are the rules of chains as in a reading.
 type lines map[masq.Chain][]string
 
-// saved reads what stands now, if one of ops takes something away: a number is only as good as the moment it was counted
-// in, and of a jump there may be many.
+// saved reads what stands now, if one of ops takes something away: a number is only as good as the moment it was
+// counted in, and of a jump there may be many.
 func (f *filter) saved(ops ...backend.Op) (lines, error) {
 	if !slices.ContainsFunc(ops, func(op backend.Op) bool { return op.Do == backend.Delete }) {
 		return lines{}, nil
@@ -281,7 +281,7 @@ func (f *filter) restore(family masq.Family, text string) error {
 	}
 	name, err := f.kernel.command(f.variant, family)
 	if err != nil {
-		return errors.Join(errNotStarted, err)
+		return err
 	}
 	return f.start(text, name+"-restore", "--noflush", "-w", strconv.Itoa(lockWait))
 }
@@ -295,7 +295,8 @@ func (f *filter) run(family masq.Family, args ...string) error {
 	return f.start("", name, append([]string{"-w", strconv.Itoa(lockWait)}, args...)...)
 }
 
-// start has a program do something and waits for it. One that waits for the lock in vain, or hangs, is the last of a pass.
+// start has a program do something and waits for it. One that waits for the lock in vain, or hangs, is the last of a
+// pass.
 func (f *filter) start(input, name string, args ...string) error {
 	ctx, end := context.WithTimeout(context.Background(), f.limit)
 	defer end()
@@ -330,7 +331,8 @@ func endsWithAll(cmd *exec.Cmd) {
 
 // hung is why nothing came of a program that took more than its time.
 func hung(cmd *exec.Cmd, limit time.Duration) error {
-	return fmt.Errorf("%s had not ended after %v and was killed: %w; call it by hand on this node to see what it waits for",
+	return fmt.Errorf("%s had not ended after %v and was killed: %w; call it by hand on this node to see "+
+		"what it waits for",
 		strings.Join(cmd.Args, " "), limit, context.DeadlineExceeded)
 }
 

@@ -127,7 +127,8 @@ func TestBadChangeHoldsUpOthers(t *testing.T) {
 			why string
 		}{
 			"a set that is not there": {func(c masq.Chain) masq.Entry {
-				return masq.Entry{Chain: c, At: 1, Rule: masq.Rule{SrcIn: masq.Set{Family: c.Family, Name: "nosuch"}, Verdict: masq.Drop}}
+				set := masq.Set{Family: c.Family, Name: "nosuch"}
+				return masq.Entry{Chain: c, At: 1, Rule: masq.Rule{SrcIn: set, Verdict: masq.Drop}}
 			}, "Set nosuch doesn't exist"},
 			"a place that is not there": {func(c masq.Chain) masq.Entry {
 				return masq.Entry{Chain: c, At: 99, Rule: masq.Rule{Verdict: masq.Return}}
