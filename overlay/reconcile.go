@@ -15,8 +15,8 @@ import (
 	"tweed.dev/tweed/subnet"
 )
 
-// kindFilter is that of what the packet filter consists of.
-const kindFilter = "filter"
+// The kinds of what the packet filter consists of.
+const kindFilter, kindSet = "filter", "set"
 
 const (
 	// pace is the shortest time from the end of one pass to the next. It keeps a storm of events from making us spin.
@@ -369,16 +369,24 @@ func apply(ctx context.Context, k Kernel, ops []backend.Op) result {
 const atOnce = 500
 
 // together is how many operations can be made without a look at what has become of the first. What hangs on a link
-// waits for the link, and what may go of the packet filter for what comes in its place,
-// and rules for their sets.
+// waits for the link, what may go of the packet filter for what comes in its place, and all of it for its sets: some
+// rules do, and what is given away at once may be one process.
 func (o *obstacle) together(ops []backend.Op) int {
-	n := 1
-	for _, isLink := ops[0].What.(backend.Link); !isLink && n < min(len(ops), atOnce); n++ {
-		if _, isLink = ops[n].What.(backend.Link); isLink || masq.Retires(ops[n]) || masq.NeedsSet(ops[n]) || o.bars(ops[n]) {
-			break
+	var adds, fills bool // the packet filter; a set of it
+	for n, op := range ops[:min(len(ops), atOnce)] {
+		_, isLink := op.What.(backend.Link)
+		set, filter := op.What.Kind() == kindSet, op.What.Kind() == kindFilter
+		if n > 0 && (isLink || adds && masq.Retires(op) || fills && filter || o.bars(op)) {
+			return n
+		}
+		if isLink {
+			return 1
+		}
+		if op.Do != backend.Delete {
+			fills, adds = fills || set, adds || set || filter
 		}
 	}
-	return n
+	return min(len(ops), atOnce)
 }
 
 // note records what came of the next operation.

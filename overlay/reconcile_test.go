@@ -381,6 +381,57 @@ func TestSetThatCannotBeFilledCutsOffNobody(t *testing.T) {
 	}
 }
 
+// A pieces is a kernel that keeps what it is given at once.
+type pieces struct {
+	*kernel.Fake
+	all [][]backend.Op
+}
+
+func (p *pieces) ApplyAll(ctx context.Context, ops []backend.Op) []error {
+	p.all = append(p.all, ops)
+	return p.Fake.ApplyAll(ctx, ops)
+}
+
+// The packet filter may be written by a program, so all of it goes there at once but for what has to wait for something
+// else of it.
+func TestPacketFilterIsWrittenPieceByPiece(t *testing.T) {
+	for change, want := range map[string][]string{
+		// Sets, what names them, and what stands in their place.
+		"iptables": {"add set", "add filter"}, "nftables": {"add filter set", "add filter", "delete filter set"},
+	} {
+		n := newNode(t)
+		n.cluster.set(peer("n2", "10.244.2.0/24", "192.0.2.12"))
+		if change == "nftables" {
+			n.step(t)
+			n.planner.Config.PacketFilter = masq.NFTables
+		}
+		p := &pieces{Fake: n.kern}
+		n.planner.Kernel = p
+		n.step(t)
+		var got []string
+		for _, ops := range p.all {
+			if did := toFilter(ops); did != "" {
+				got = append(got, did)
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("to %s it goes in %q, want %q", change, got, want)
+		}
+	}
+}
+
+// toFilter says what operations do to the packet filter.
+func toFilter(ops []backend.Op) string {
+	var did []string
+	for _, op := range ops {
+		if kind := op.What.Kind(); kind == kindFilter || kind == kindSet {
+			did = append(did, string(op.Do), kind)
+		}
+	}
+	slices.Sort(did)
+	return strings.Join(slices.Compact(did), " ")
+}
+
 func TestNodeIsMadeReadyOnlyWhenOthersCanReachIt(t *testing.T) {
 	n := newNode(t)
 	n.cluster.set()

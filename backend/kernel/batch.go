@@ -32,22 +32,42 @@ func (k *Kernel) ApplyAll(ctx context.Context, ops []backend.Op) []error {
 		}
 		changes, of = changes[:0], of[:0]
 	}
-	for i, op := range ops {
-		c, ok, err := k.changeOf(op)
+	for i := 0; i < len(ops); i++ {
+		c, ok, err := k.changeOf(ops[i])
 		switch {
 		case err != nil:
-			errs[i] = explain(op, err)
+			errs[i] = explain(ops[i], err)
 		case ok:
 			changes, of = append(changes, c), append(of, i)
 		default:
 			send()
-			errs[i] = k.Apply(ctx, op)
+			i += copy(errs[i:], k.applyFiltered(ctx, ops[i:])) - 1
 		}
 		if len(changes) == batchSize {
 			send()
 		}
 	}
 	send()
+	return errs
+}
+
+// applyFiltered makes the first of ops, together with those behind it that are for the same family of the same
+// iptables, and returns what became of them.
+func (k *Kernel) applyFiltered(ctx context.Context, ops []backend.Op) (errs []error) {
+	f, family := k.filterOf(ops[0].What)
+	n := 1
+	for ; f != nil && n < len(ops); n++ {
+		if other, itsFamily := k.filterOf(ops[n].What); other != f || itsFamily != family {
+			break
+		}
+	}
+	if n == 1 || ctx.Err() != nil {
+		return []error{k.Apply(ctx, ops[0])}
+	}
+	errs = f.applyAll(ops[:n])
+	for i, err := range errs {
+		errs[i] = explain(ops[i], err)
+	}
 	return errs
 }
 

@@ -755,9 +755,10 @@ func filterPass(t testing.TB, h host, want masq.Ruleset) {
 	if err != nil {
 		t.Fatalf("observing the filter: %v", err)
 	}
-	for _, op := range masq.Diff(want, have) {
-		if err := h.Apply(t.Context(), op); err != nil {
-			t.Errorf("%s: %v", op, err)
+	ops := masq.Diff(want, have)
+	for i, err := range h.ApplyAll(t.Context(), ops) {
+		if err != nil {
+			t.Errorf("%s: %v", ops[i], err)
 		}
 	}
 	have, err = h.ObserveFilter(t.Context(), want)

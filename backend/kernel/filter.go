@@ -2,25 +2,15 @@ package kernel
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
+	"time"
 
-	"github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
-)
-
-// lockWait is how long, in seconds, iptables waits for another program's change to end. What else a pass has to do waits
-// as long.
-const (
-	lockWait = 2
-	lockHeld = "xtables lock" // what iptables says, among other words, when that was not enough
 )
 
 // A filter is the packet filter by way of one variant of iptables, and what was last read of it. To read starts a
@@ -29,10 +19,11 @@ type filter struct {
 	kernel  *Kernel
 	variant masq.Variant
 
-	mu     sync.Mutex
-	sides  map[masq.Family]*side
-	tables map[masq.Family]*iptables.IPTables // for those families that were written
-	locked error                              // why nothing more is written in this pass
+	mu      sync.Mutex
+	sides   map[masq.Family]*side
+	limit   time.Duration // how long a program that writes may take
+	locked  error         // why nothing more is written in this pass
+	unclear time.Time     // when nobody could say last how far a batch had come
 }
 
 // A form is one way in which this host's packet filter is written.
@@ -46,7 +37,7 @@ func families() []masq.Family { return []masq.Family{masq.IPv4, masq.IPv6} }
 func newFilters(k *Kernel) map[masq.Variant]*filter {
 	all := map[masq.Variant]*filter{}
 	for _, v := range variants() {
-		all[v] = &filter{kernel: k, variant: v, sides: map[masq.Family]*side{}, tables: map[masq.Family]*iptables.IPTables{}}
+		all[v] = &filter{kernel: k, variant: v, sides: map[masq.Family]*side{}, limit: stuck}
 		for _, family := range families() {
 			all[v].sides[family] = &side{}
 		}
@@ -93,25 +84,38 @@ func (k *Kernel) observeIptables(ctx context.Context, family masq.Family, want m
 
 // formOf returns what an object of the packet filter is written by.
 func (k *Kernel) formOf(what backend.Object) form {
-	var c masq.Chain
 	switch o := what.(type) {
-	case masq.Chain:
-		c = o
-	case masq.Jump:
-		c = o.Chain
-	case masq.Entry:
-		c = o.Chain
 	case masq.Set:
 		return k.formOfSet(o)
 	case masq.Members:
 		return k.formOfSet(o.Set)
-	default: // tables and guests
-		return k.nft
 	}
-	if c.Form() == masq.NFTables {
-		return k.nft
+	if f, _ := k.filterOf(what); f != nil {
+		return f
 	}
-	return k.filters[k.variantOf(c)]
+	return k.nft
+}
+
+// filterOf returns the iptables that an object is written by, and the family; nil if it is none of iptables'.
+func (k *Kernel) filterOf(what backend.Object) (*filter, masq.Family) {
+	c, ok := chainOf(what)
+	if !ok || c.Form() != masq.IPTables {
+		return nil, c.Family
+	}
+	return k.filters[k.variantOf(c)], c.Family
+}
+
+// chainOf returns the chain of ours that an object is, or is of.
+func chainOf(what backend.Object) (c masq.Chain, ok bool) {
+	switch o := what.(type) {
+	case masq.Chain:
+		return o, true
+	case masq.Jump:
+		return o.Chain, true
+	case masq.Entry:
+		return o.Chain, true
+	}
+	return c, false
 }
 
 func (k *Kernel) formOfSet(s masq.Set) form {
@@ -156,27 +160,6 @@ func concerns(table, chain string) bool {
 	return slices.ContainsFunc(places(masq.IPv4), func(p place) bool { return p.Table == table && p.Name == chain })
 }
 
-// program returns what writes a family's packet filter.
-func (f *filter) program(family masq.Family) (*iptables.IPTables, error) {
-	if ipt := f.tables[family]; ipt != nil {
-		return ipt, nil
-	}
-	proto := iptables.ProtocolIPv4
-	if family == masq.IPv6 {
-		proto = iptables.ProtocolIPv6
-	}
-	name, err := f.kernel.command(f.variant, family)
-	if err != nil {
-		return nil, err
-	}
-	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(lockWait), iptables.Path(name))
-	if err != nil {
-		return nil, fmt.Errorf("asking %s for its version: %w", name, err)
-	}
-	f.tables[family] = ipt
-	return ipt, nil
-}
-
 // ways lists our chains of one family with the chains that each is reached from.
 func ways(family masq.Family, v masq.Variant) []masq.Jump {
 	all := masq.Ways(masq.IPTables, family)
@@ -184,108 +167,4 @@ func ways(family masq.Family, v masq.Variant) []masq.Jump {
 		all[i].Chain.Variant = v
 	}
 	return all
-}
-
-func explainFilter(err error) error {
-	var e *iptables.Error
-	if errors.As(err, &e) && e.ExitStatus() == 4 {
-		return fmt.Errorf("%w (another program holds the packet filter, or it %w)", err, errPermission)
-	}
-	return err
-}
-
-// apply makes one change. What was seen before counts no more, however the change ends. Where another program has the
-// lock, it is waited for once in a pass, and not once for each change.
-func (f *filter) apply(op backend.Op) (err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.locked != nil {
-		return f.locked
-	}
-	defer func() {
-		for _, s := range f.sides {
-			s.looked = false
-		}
-		if err != nil && strings.Contains(err.Error(), lockHeld) {
-			f.locked = err
-		}
-	}()
-	switch o := op.What.(type) {
-	case masq.Chain:
-		return f.applyChain(op.Do, o)
-	case masq.Jump:
-		return f.applyJump(op.Do, o)
-	case masq.Entry:
-		return f.applyEntry(op.Do, o)
-	}
-	return fmt.Errorf("the packet filter has no %s", op.What.Kind())
-}
-
-func (f *filter) applyChain(do backend.Verb, c masq.Chain) error {
-	ipt, err := f.program(c.Family)
-	if err != nil {
-		return err
-	}
-	if do != backend.Delete {
-		return explainFilter(ipt.NewChain(c.Table, c.Name))
-	}
-	for _, way := range ways(c.Family, c.Variant) {
-		if way.Chain == c { // a jump that packets do not get to is not ours to see, but holds the chain
-			if err := deleteJumps(ipt, way); err != nil {
-				return err
-			}
-		}
-	}
-	return explainFilter(ipt.ClearAndDeleteChain(c.Table, c.Name))
-}
-
-func (f *filter) applyJump(do backend.Verb, j masq.Jump) error {
-	ipt, err := f.program(j.Chain.Family)
-	switch {
-	case err != nil:
-		return err
-	case do == backend.Delete:
-		return deleteJumps(ipt, j)
-	case j.At == 0:
-		return explainFilter(ipt.Append(j.Chain.Table, j.From, j.Args()...))
-	}
-	return explainFilter(ipt.Insert(j.Chain.Table, j.From, j.At, j.Args()...))
-}
-
-// deleteJumps takes away all copies of a jump.
-func deleteJumps(ipt *iptables.IPTables, j masq.Jump) error {
-	for {
-		there, err := ipt.Exists(j.Chain.Table, j.From, j.Args()...)
-		if err == nil && there {
-			err = ipt.Delete(j.Chain.Table, j.From, j.Args()...)
-		}
-		if err != nil || !there {
-			return explainFilter(err)
-		}
-	}
-}
-
-func (f *filter) applyEntry(do backend.Verb, e masq.Entry) error {
-	ipt, err := f.program(e.Chain.Family)
-	if err != nil {
-		return err
-	}
-	if do != backend.Delete {
-		return explainFilter(ipt.Insert(e.Chain.Table, e.Chain.Name, e.At, e.Rule.Args()...))
-	}
-	// A number is only as good as the moment it was counted in.
-	lines, err := ipt.List(e.Chain.Table, e.Chain.Name)
-	if err != nil {
-		return explainFilter(err)
-	}
-	var now []string
-	for _, line := range lines {
-		if chain, rule, ok := ruleOf(line); ok && chain == e.Chain.Name {
-			now = append(now, rule)
-		}
-	}
-	if e.At > len(now) || e.Rule.Unknown != "" && now[e.At-1] != e.Rule.Unknown {
-		return fmt.Errorf("chain %s changed since the last look", e.Chain.Name)
-	}
-	return explainFilter(ipt.DeleteById(e.Chain.Table, e.Chain.Name, e.At))
 }

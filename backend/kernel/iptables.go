@@ -186,7 +186,7 @@ func (f *filter) save(ctx context.Context, family masq.Family, s *side) (*saving
 	if s.saving == nil {
 		name, err := f.kernel.command(f.variant, family)
 		if err == nil {
-			s.saving, err = startSaving(name+"-save", family, s.glimpse)
+			s.saving, err = startSaving(name+"-save", family, s.glimpse, hang)
 		}
 		if err != nil {
 			return nil, err
@@ -202,12 +202,12 @@ func (f *filter) save(ctx context.Context, family masq.Family, s *side) (*saving
 	return now, now.err
 }
 
-// startSaving starts a process in the calling thread's network namespace.
-func startSaving(name string, family masq.Family, of glimpse) (*saving, error) {
-	ctx, end := context.WithTimeout(context.Background(), hang)
+// startSaving starts a process in the calling thread's network namespace, which may take as long as limit.
+func startSaving(name string, family masq.Family, of glimpse, limit time.Duration) (*saving, error) {
+	ctx, end := context.WithTimeout(context.Background(), limit)
 	s := &saving{of: of, name: name, begun: time.Now(), end: end, done: make(chan struct{})}
 	cmd := exec.CommandContext(ctx, name)
-	cmd.WaitDelay = time.Second // for what it may have started
+	endsWithAll(cmd)
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	out, err := cmd.StdoutPipe()
@@ -223,7 +223,9 @@ func startSaving(name string, family masq.Family, of glimpse) (*saving, error) {
 		defer end()
 		s.chains, s.err = parseSaved(out, family)
 		_, _ = io.Copy(io.Discard, out)
-		if err := cmd.Wait(); err != nil {
+		if err := cmd.Wait(); errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			s.err = hung(cmd, limit)
+		} else if err != nil {
 			s.err = fmt.Errorf("%s: %w: %s", name, err, strings.TrimSpace(said.String()))
 		}
 	}()
@@ -311,8 +313,7 @@ func (f *filter) translate(family masq.Family, as masq.Variant, want masq.Rulese
 		if inUse {
 			have.Hosts[way.Base()] = host
 		}
-		isJump := func(rule string) bool { return unquoted(rule) == strings.Join(way.Args(), " ") }
-		if slices.ContainsFunc(base, isJump) {
+		if slices.ContainsFunc(base, func(rule string) bool { return isJump(rule, way) }) {
 			have.Jumps[way] = true
 		}
 	}
@@ -357,20 +358,19 @@ func (f *filter) isThere(e masq.Entry) (bool, error) {
 	if there, known := seen.exists[e]; known {
 		return there, nil
 	}
-	ipt, err := f.program(e.Chain.Family)
-	if err != nil {
-		return false, err
-	}
-	there, err := ipt.Exists(e.Chain.Table, e.Chain.Name, e.Rule.Args()...)
-	if err != nil {
+	err := f.run(e.Chain.Family, append([]string{"-t", e.Chain.Table, "-C", e.Chain.Name}, e.Rule.Args()...)...)
+	var exit *exec.ExitError
+	if err != nil && !(errors.As(err, &exit) && exit.ExitCode() == 1) {
 		return false, explainFilter(err)
 	}
-	seen.exists[e] = there
-	return there, nil
+	seen.exists[e] = err == nil
+	return err == nil, nil
 }
 
-// unquoted drops the quotes that some versions of iptables put around every comment.
-func unquoted(rule string) string { return strings.ReplaceAll(rule, `"`, "") }
+// isJump reports whether a rule is j. Some versions of iptables put quotes around every comment.
+func isJump(rule string, j masq.Jump) bool {
+	return strings.ReplaceAll(rule, `"`, "") == strings.Join(j.Args(), " ")
+}
 
 // takesAll reports whether no packet gets past a rule, and whether it harms those that are stopped there: it drops or
 // translates them.

@@ -28,12 +28,6 @@ func Retires(op backend.Op) bool {
 	return false
 }
 
-// NeedsSet reports whether op adds a rule that names a set. It must not be done where that could not be filled.
-func NeedsSet(op backend.Op) bool {
-	e, ok := op.What.(Entry)
-	return ok && op.Do != backend.Delete && (e.Rule.SrcIn != Set{} || e.Rule.DstIn != Set{})
-}
-
 func additions(want, have Ruleset) (ops []backend.Op) {
 	add := func(o backend.Object) { ops = append(ops, backend.Op{Do: backend.Add, What: o}) }
 	for _, t := range sorted(want.Tables, compareTables) {

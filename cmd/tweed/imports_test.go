@@ -40,8 +40,6 @@ var homes = []struct {
 		"what becomes of leases must not depend on where they come from"},
 	{"github.com/vishvananda/netlink", []string{"backend/kernel", "overlay/podnet"},
 		"everything else says what the kernel should hold, as values"},
-	{"github.com/coreos/go-iptables", []string{"backend/kernel"},
-		"how a packet filter is written is one renderer's business"},
 	{"github.com/spf13/cobra", []string{"cmd/tweed"},
 		"below the commands there are arguments, not flags"},
 	{"github.com/spf13/pflag", []string{"cmd/tweed"},
