@@ -288,13 +288,14 @@ func (m *monitor) stop() []string {
 	return m.heard
 }
 
-// isTalk reports whether a neighbour that nobody has written was found, or forgotten.
+// isTalk reports whether a neighbour that nobody has written was found, or forgotten. Those that need no asking (NOARP) are
+// the kernel's own, of multicast addresses; ours are permanent.
 func (m *monitor) isTalk(msg syscall.NetlinkMessage) bool {
 	if t := msg.Header.Type; t != unix.RTM_NEWNEIGH && t != unix.RTM_DELNEIGH || len(msg.Data) < unix.SizeofNdMsg {
 		return false
 	}
 	dev, state := int32(binary.NativeEndian.Uint32(msg.Data[4:])), binary.NativeEndian.Uint16(msg.Data[8:])
-	return dev != m.tunnel && state&unix.NUD_PERMANENT == 0
+	return state&unix.NUD_PERMANENT == 0 && (dev != m.tunnel || state&unix.NUD_NOARP != 0)
 }
 
 // A traffic goes on between two pods until it is ended, and then has lost nothing.
