@@ -39,7 +39,7 @@ func delegates() []delegate {
 
 // Capabilities are what a network configuration must declare for the runtime to say what a pod asks for.
 func Capabilities() map[string]bool {
-	declared := map[string]bool{}
+	declared := map[string]bool{"ips": true, "mac": true}
 	for _, d := range delegates() {
 		declared[d.Capability] = true
 	}

@@ -23,6 +23,7 @@ type Pod struct {
 	NetNS     string // CNI_NETNS, the path of a network namespace
 	Interface string // CNI_IFNAME
 	Path      string // CNI_PATH, where the plugins are that ports and bandwidth are delegated to
+	Args      string // CNI_ARGS
 }
 
 // Attach gives a pod an interface on the node's bridge, with an address of each of the node's subnets and default
@@ -32,6 +33,10 @@ type Pod struct {
 func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	if c.unfit != nil {
 		return nil, c.unfit
+	}
+	wish, err := c.asked(p.Args)
+	if err != nil {
+		return nil, err
 	}
 	info, err := ReadNodeInfo(c.RunDir)
 	if err != nil {
@@ -61,9 +66,12 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	if err != nil {
 		return nil, fail(types.ErrTryAgainLater, "%v", err)
 	}
+	if wish.mac.String() == bridge.HardwareAddr.String() {
+		return nil, wish.macField.refuse(wish.mac.String(), "is the MAC of the node's bridge %s; give another", info.Bridge)
+	}
 
 	name := vethName(p.Container, p.Interface)
-	rec := record{Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}}
+	rec := record{Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}, asked: wish}
 	held, err := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path)).take(rec, info.Subnets)
 	if err != nil {
 		return nil, ioFailure(err)
