@@ -42,6 +42,9 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	if err != nil {
 		return nil, fail(types.ErrTryAgainLater, "%v", err)
 	}
+	if p.Interface == "all" || p.Interface == "default" { // where the kernel keeps settings of no interface
+		return nil, fail(types.ErrInvalidEnvironmentVariables, "CNI_IFNAME: no interface can be named %s", p.Interface)
+	}
 	if len(info.Subnets) == 0 {
 		return nil, fail(types.ErrTryAgainLater,
 			"node %s has no subnet for pods yet; see what the tweed daemon logs", info.Node)
@@ -84,13 +87,13 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 		_, freeErr := held.free()
 		return nil, errors.Join(err, freeErr)
 	}
-	inPod := end{p.Interface, held.Addrs, info.Gateways}
-	r := result(v, p, inPod, c.DNS)
+	inPod := &end{iface: p.Interface, addrs: held.Addrs, gateways: info.Gateways}
+	var r *types100.Result
 	if err = host.wire(ctx, v, held, inPod, info.Bridge, c.SysctlRoot); err == nil {
-		r, err = held.delegate(ctx, wanted, p, r)
+		r, err = held.delegate(ctx, wanted, p, result(v, p, inPod, c.DNS))
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("pod %s: %w; it was taken back", p.Container, err), undo(host, held))
+		return nil, errors.Join(fmt.Errorf("pod %s: %w; it was taken back", p.Container, err), undo(host, held, p.NetNS))
 	}
 	held.release()
 	return r, nil
@@ -111,7 +114,7 @@ func (h *host) create(v veth, held *hold) error {
 }
 
 // wire makes a pair of devices that is there work. The error is ctx's if that has ended meanwhile.
-func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, sysctlRoot string) error {
+func (h *host) wire(ctx context.Context, v veth, held *hold, inPod *end, bridge, sysctlRoot string) error {
 	made, err := h.link(v.name)
 	if err != nil {
 		return err
@@ -125,6 +128,9 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 		return fmt.Errorf("ip link set %s up type bridge_slave hairpin on: %w", v.name, err)
 	}
 	err = within(v.podNS, func(nl *netlink.Handle) error { return inPod.configure(nl, sysctlRoot) })
+	if held.Apart = inPod.apart; err == nil && len(held.Apart) > 0 {
+		err = held.save()
+	}
 	if err != nil {
 		return err
 	}
@@ -139,8 +145,9 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 
 // undo takes back what an ADD has done so far. While a delegate cannot do its part, or the veth cannot be removed, the
 // addresses stay taken: what is left of the one would reach whoever has the address next.
-func undo(host *host, held *hold) error {
+func undo(host *host, held *hold, netns string) error {
 	err := held.undelegate()
+	join(netns, held.Apart)
 	if err = errors.Join(err, host.remove(held.Veth, held.Index)); err != nil {
 		held.release()
 		return err
@@ -168,7 +175,7 @@ func Detach(c Config, p Pod) error {
 	if held == nil { // the name of the veth still tells whose it is
 		return host.remove(vethName(p.Container, p.Interface), 0)
 	}
-	return undo(host, held)
+	return undo(host, held, p.NetNS)
 }
 
 // Status reports whether pods can be attached: code 50 until the daemon's first pass of this boot has converged, 51
@@ -250,7 +257,7 @@ func Check(c Config, p Pod) error {
 	if mac, ok := rememberedMAC(c.PrevResult, p.Interface); ok {
 		rec.MAC = mac
 	}
-	inPod := end{p.Interface, rec.Addrs, info.Gateways}
+	inPod := &end{iface: p.Interface, addrs: rec.Addrs, gateways: info.Gateways, apart: rec.Apart}
 	broken := host.broken(rec, info)
 	err = within(ns, func(nl *netlink.Handle) error {
 		broken = append(broken, inPod.broken(nl, rec.MAC)...)
@@ -329,7 +336,7 @@ func rememberedMAC(result json.RawMessage, iface string) (backend.MAC, bool) {
 }
 
 // result says what was made (CNI spec, section 5, "ADD Success").
-func result(v veth, p Pod, inPod end, dns types.DNS) *types100.Result {
+func result(v veth, p Pod, inPod *end, dns types.DNS) *types100.Result {
 	r := &types100.Result{
 		CNIVersion: types100.ImplementedSpecVersion,
 		Interfaces: []*types100.Interface{
@@ -340,8 +347,11 @@ func result(v veth, p Pod, inPod end, dns types.DNS) *types100.Result {
 	}
 	for _, a := range inPod.addrs {
 		ip := &types100.IPConfig{Interface: types100.Int(1), Address: *ipNet(a)}
-		if gw, ok := gatewayOf(a, inPod.gateways); ok {
+		gw, ok := gatewayOf(a, inPod.gateways)
+		if ok {
 			ip.Gateway = gw.AsSlice()
+		}
+		if ok && !slices.Contains(inPod.apart, a) {
 			r.Routes = append(r.Routes, &types.Route{Dst: *ipNet(everything(gw)), GW: gw.AsSlice()})
 		}
 		r.IPs = append(r.IPs, ip)

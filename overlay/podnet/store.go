@@ -31,6 +31,8 @@ type record struct {
 	MAC backend.MAC `json:"mac"`
 	// Addrs are the pod's addresses, each with the length of the subnet it is from.
 	Addrs []netip.Prefix `json:"addresses"`
+	// Apart are those of Addrs that are looked up in a routing table of their own in the pod.
+	Apart []netip.Prefix `json:"apart,omitempty"`
 	// Delegates are the configurations that further plugins were called with for this pod, each with its type.
 	Delegates []json.RawMessage `json:"delegates"`
 
