@@ -44,8 +44,11 @@ type asked struct {
 }
 
 // asked reads the runtime's words. What is said in the newest way counts: runtimeConfig, then args, then CNI_ARGS.
-func (c Config) asked(cniArgs string) (a asked, err error) {
-	env, err := readArgs(cniArgs)
+func (c Config) asked(p Pod) (a asked, err error) {
+	if p.Interface == "all" || p.Interface == "default" { // where the kernel keeps settings of no interface
+		return a, fail(types.ErrInvalidEnvironmentVariables, "CNI_IFNAME: no interface can be named %s", p.Interface)
+	}
+	env, err := readArgs(p.Args)
 	if err != nil {
 		return a, err
 	}

@@ -274,7 +274,7 @@ func FuzzAskedNeverPanics(f *testing.F) {
 	subnets := prefixes("10.1.2.0/24", "fd00::/64")
 	f.Fuzz(func(t *testing.T, env, ips, args string) {
 		c := Config{Args: json.RawMessage(args), RuntimeConfig: map[string]json.RawMessage{"ips": json.RawMessage(ips)}}
-		a, err := c.asked(env)
+		a, err := c.asked(Pod{Args: env})
 		if err != nil {
 			return
 		}

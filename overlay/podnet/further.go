@@ -13,8 +13,8 @@ import (
 )
 
 // The interface that is first in a pod has its default route, of each family. One that comes later leads out, too, but
-// only what comes from its own address: that is looked up in a table of the interface's own. So each address is reached,
-// and answers, through the interface that has it, as strict rp_filter and the network want it.
+// only what comes from its own address: that is looked up in a table of the interface's own. So each address is
+// reached, and answers, through the interface that has it, as strict rp_filter and the network want it.
 
 // firstTable and the interface's index make the number of its table.
 const firstTable = 11600
@@ -80,8 +80,8 @@ func ruleFor(a netip.Prefix) *netlink.Rule {
 	return rule
 }
 
-// answerForOwn has each interface in a's subnet answer ARP for none but its own address. By itself the kernel answers on
-// any interface for all of them, and who asks believes the fastest.
+// answerForOwn has each interface in a's subnet answer ARP for none but its own address. By itself the kernel answers
+// on any interface for all of them, and who asks believes the fastest.
 func answerForOwn(h *netlink.Handle, a netip.Prefix, sysctlRoot string) error {
 	addrs, err := h.AddrList(nil, netlink.FAMILY_V4)
 	if err != nil {

@@ -165,10 +165,10 @@ func TestPodHasADefaultRouteOfAnotherNetwork(t *testing.T) {
 		routes   int    // of the result
 		apart    string // in the record
 	}{
-		"of both families": {[]string{"ip route add default dev other metric 50", "ip -6 route add default dev other metric 50"},
+		"of both families": {[]string{"ip route add default dev other", "ip -6 route add default dev other metric 9"},
 			0, `"apart":\["10.244.3.2/24","fd00:10:244:3::3/64"\]`},
-		"of IPv4 alone":    {[]string{"ip route add default dev other"}, 1, `"apart":\["10.244.3.2/24"\]`},
-		"to nowhere":       {[]string{"ip route add unreachable default metric 4000"}, 2, `"addresses":\[[^]]*\],"delegates"`},
+		"of IPv4 alone":    {[]string{"ip route add default dev other metric 9"}, 1, `"apart":\["10.244.3.2/24"\]`},
+		"to nowhere":       {[]string{"ip route add unreachable default metric 4000"}, 2, `\],"delegates"`},
 		"in another table": {[]string{"ip route add default dev other table 7"}, 2, `"addresses":\[[^]]*\],"delegates"`},
 	} {
 		n := newNode(t, subnet4, subnet6)

@@ -73,8 +73,8 @@ type end struct {
 	apart []netip.Prefix
 }
 
-// configure brings the end up, with addresses and default routes, and says which are apart. It must be called within the
-// pod's namespace.
+// configure brings the end up, with addresses and default routes, and says which are apart. It must be called within
+// the pod's namespace.
 func (e *end) configure(h *netlink.Handle, sysctlRoot string) error {
 	l, err := h.LinkByName(e.iface)
 	if err != nil {

@@ -34,26 +34,17 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	if c.unfit != nil {
 		return nil, c.unfit
 	}
-	wish, err := c.asked(p.Args)
+	wish, err := c.asked(p)
 	if err != nil {
 		return nil, err
 	}
-	info, err := ReadNodeInfo(c.RunDir)
+	info, err := readyNode(c.RunDir)
 	if err != nil {
-		return nil, fail(types.ErrTryAgainLater, "%v", err)
+		return nil, err
 	}
-	if p.Interface == "all" || p.Interface == "default" { // where the kernel keeps settings of no interface
-		return nil, fail(types.ErrInvalidEnvironmentVariables, "CNI_IFNAME: no interface can be named %s", p.Interface)
-	}
-	if len(info.Subnets) == 0 {
-		return nil, fail(types.ErrTryAgainLater,
-			"node %s has no subnet for pods yet; see what the tweed daemon logs", info.Node)
-	}
-	wanted := c.delegations()
-	for _, d := range wanted {
-		if _, err := findPlugin(d.Type, p.Path); err != nil {
-			return nil, err
-		}
+	wanted, err := c.delegations(p, info.PacketFilter)
+	if err != nil {
+		return nil, err
 	}
 	ns, err := openNetNS(p.NetNS)
 	if err != nil {
@@ -97,6 +88,19 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	}
 	held.release()
 	return r, nil
+}
+
+// readyNode reads what the daemon says of a node that pods can be attached to.
+func readyNode(runDir string) (NodeInfo, error) {
+	info, err := ReadNodeInfo(runDir)
+	if err != nil {
+		return info, fail(types.ErrTryAgainLater, "%v", err)
+	}
+	if len(info.Subnets) == 0 {
+		return info, fail(types.ErrTryAgainLater,
+			"node %s has no subnet for pods yet; see what the tweed daemon logs", info.Node)
+	}
+	return info, nil
 }
 
 // create makes the pair of devices. An interface of the pod's or the host's that is in the way is left alone.
