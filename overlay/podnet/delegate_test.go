@@ -859,3 +859,67 @@ func TestHostHasTheOlderIptables(t *testing.T) {
 	}
 	n.wantNothing("the sweep")
 }
+
+// TestPodCannotReachItselfByAService has what kube-proxy writes for a Service whose only endpoint is the pod that calls.
+func TestPodCannotReachItselfByAService(t *testing.T) {
+	n := newNode(t, subnet4, subnet6)
+	n.filter()
+	pod, other := netnstest.New(t), netnstest.New(t)
+	n.mustAdd("one", pod)
+	n.mustAdd("two", other)
+	answer(t, pod)
+	for iptables, s := range map[string]struct{ service, endpoint, gateway string }{
+		"iptables":  {"10.96.0.10", "10.244.3.2", "10.244.3.1"},
+		"ip6tables": {"fd00:10:96::a", "fd00:10:244:3::3", "fd00:10:244:3::1"},
+	} {
+		for protocol, port := range map[string]string{"tcp": "80", "udp": "53"} {
+			match := "-d " + s.service + " -p " + protocol + " --dport " + port
+			for _, rule := range []string{
+				"PREROUTING -s " + s.endpoint + " " + match + " -j MARK --set-xmark 0x4000/0x4000",
+				"PREROUTING " + match + " -j DNAT --to-destination " + net.JoinHostPort(s.endpoint, port),
+			} {
+				n.Run(t, iptables+" -t nat -A "+rule)
+			}
+		}
+		n.Run(t, iptables+" -t nat -A POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE")
+		for network, port := range map[string]string{"tcp": "80", "udp": "53"} {
+			for who, from := range map[string]*netnstest.NS{s.gateway: pod, "": other} {
+				seen, err := ask(t, from, network, net.JoinHostPort(s.service, port))
+				if by, _, _ := net.SplitHostPort(seen); err != nil || who != "" && by != who {
+					t.Errorf("%s at %s: %q, %v", network, s.service, seen, err)
+				}
+			}
+		}
+	}
+}
+
+func TestHostPortCannotBeReachedWhereThereIsOneFamily(t *testing.T) {
+	for _, tt := range []struct{ subnet, outside, node, pod, gateway string }{
+		{subnet4, "192.0.2.2", "192.0.2.1", "10.244.3.2", "10.244.3.1"},
+		{subnet6, "2001:db8::2", "2001:db8::1", "fd00:10:244:3::3", "fd00:10:244:3::1"},
+	} {
+		n := newNode(t, tt.subnet)
+		n.filter()
+		outside, pod := n.outside(), netnstest.New(t)
+		a := n.wishing("one", pod, webAndDNS())
+		if r := a.mustAdd(); len(r.IPs) != 1 || r.IPs[0].Address.IP.String() != tt.pod {
+			t.Errorf("result: %v", r)
+		}
+		answer(t, pod)
+		for want, from := range map[string]*netnstest.NS{tt.outside: outside, tt.gateway: pod} {
+			for network, port := range map[string]string{"tcp": "8080", "udp": "8053"} {
+				seen, err := ask(t, from, network, net.JoinHostPort(tt.node, port))
+				if who, _, _ := net.SplitHostPort(seen); err != nil || who != want {
+					t.Errorf("%s at %s: %q, %v", network, tt.node, seen, err)
+				}
+			}
+		}
+		if err := a.check(); err != nil {
+			t.Errorf("CHECK: %v", err)
+		}
+		if err := a.del(); err != nil {
+			t.Error(err)
+		}
+		n.wantNoDelegates("DEL")
+	}
+}
