@@ -2,6 +2,8 @@ package overlay
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -24,7 +26,7 @@ func TestRuntimeReadsSomethingElse(t *testing.T) {
 		plugin := list.Plugins[0]
 		// A runtime hands on what a pod asks for only where it is declared.
 		if got := fmt.Sprint(plugin.Network.Capabilities); plugin.Network.Type != "tweed-cni" ||
-			got != "map[bandwidth:true portMappings:true]" {
+			got != "map[bandwidth:true ips:true mac:true portMappings:true]" {
 			t.Errorf("plugin %s declares %s", plugin.Network.Type, got)
 		}
 		conf, err := podnet.ParseConfig(plugin.Bytes)
@@ -34,5 +36,21 @@ func TestRuntimeReadsSomethingElse(t *testing.T) {
 		if again := (CNIConf{RunDir: runDir}).Text(); !slices.Equal(again, text) {
 			t.Errorf("not the same twice:\n%s\n%s", text, again)
 		}
+	}
+}
+
+// TestConfigurationOfAnEarlierReleaseStays would leave runtimes silent on what pods ask for.
+func TestConfigurationOfAnEarlierReleaseStays(t *testing.T) {
+	c := CNIConf{Dir: t.TempDir(), RunDir: podnet.DefaultRunDir}
+	path := filepath.Join(c.Dir, ConflistName)
+	earlier := `{"cniVersion": "1.0.0", "name": "tweed", "plugins": [{"type": "tweed-cni", "capabilities": {}}]}`
+	if err := os.WriteFile(path, []byte(earlier), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Write(); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(path); err != nil || !slices.Equal(text, c.Text()) {
+		t.Errorf("the file: %s, %v", text, err)
 	}
 }

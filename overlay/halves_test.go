@@ -116,10 +116,16 @@ func TestOldFormGoesAlthoughTheNewOneCannotBeWritten(t *testing.T) {
 	if err != nil || !rules.Has(masq.IPTables) || rep.Skipped == 0 || rep.Converged {
 		t.Errorf("%v, %+v", err, rep)
 	}
+	if form := n.info(t).PacketFilter; form != "iptables" {
+		t.Errorf("host ports are written in %q, where the old form is in force", form)
+	}
 	n.kern.Fail(nil)
 	rep = n.step(t)
 	rules, err = n.kern.ObserveFilter(t.Context(), masq.Ruleset{})
 	if err != nil || rules.Has(masq.IPTables) || !rules.Has(masq.NFTables) || !rep.Converged {
 		t.Errorf("in the end: %v, %+v", err, rep)
+	}
+	if form := n.info(t).PacketFilter; form != "nftables" {
+		t.Errorf("in the end host ports are written in %q", form)
 	}
 }

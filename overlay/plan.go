@@ -357,6 +357,7 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 	d.info = podnet.NodeInfo{
 		Node: in.node.Name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
 		Bridge: BridgeName, Device: w.device, MTU: w.mtu,
+		PacketFilter: string(p.Config.PacketFilter),
 	}
 	for _, s := range in.node.Subnets {
 		d.info.Gateways = append(d.info.Gateways, bridge.Gateway(s))

@@ -2,6 +2,7 @@ package podnet
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,8 +37,8 @@ func callIn(ctx context.Context, runDir, path string) caller {
 			return nil, err
 		}
 		cmd := exec.CommandContext(ctx, file)
-		cmd.Env = append(os.Environ(), "CNI_COMMAND="+verb, "CNI_CONTAINERID="+p.Container, "CNI_NETNS="+p.NetNS,
-			"CNI_IFNAME="+p.Interface, "CNI_PATH="+path)
+		cmd.Env = append(os.Environ(), "CNI_COMMAND="+verb, "CNI_CONTAINERID="+cmp.Or(d.Container, p.Container),
+			"CNI_NETNS="+p.NetNS, "CNI_IFNAME="+p.Interface, "CNI_PATH="+path)
 		if d.Legacy && !legacyIptables() {
 			dir, err := preferLegacy(runDir)
 			if err != nil {
@@ -91,23 +93,49 @@ func said(err error, stdout []byte, stderr string) string {
 
 // hint is what is known of why a delegate may have failed.
 func (d delegation) hint() string {
-	if d.Type == "portmap" && d.Backend == "" && !onPath("iptables") {
+	if d.Type == "portmap" && d.Backend != nftables && !onPath("iptables") {
 		return fmt.Sprintf("; the program iptables is not in %s: install Debian's package iptables, or what holds it",
 			os.Getenv("PATH"))
 	}
 	return ""
 }
 
-// nftables is portmap's word for rules that are not iptables'.
-const nftables = "nftables"
+// These are portmap's words for what its rules are written in, and the daemon's for its own.
+const (
+	iptables = "iptables"
+	nftables = "nftables"
+)
 
-// portmapBackend is what portmap would choose by itself on a host with nft alone. Said, it is written down, and so the
-// rules are taken from there also by a caller that has both.
-func portmapBackend() string {
-	if !onPath("iptables") && onPath("nft") {
-		return nftables
+// portmapBackend is what the rules of this portmap shall be written in: what the node's packet filter is, or the other
+// where that cannot be. It is written down, so the rules are taken from there also by a caller that has both.
+func portmapBackend(form, file string) (string, error) {
+	forms := []string{iptables, nftables}
+	if form == nftables {
+		slices.Reverse(forms)
 	}
-	return ""
+	for _, f := range forms {
+		if f == iptables && onPath("iptables") || f == nftables && onPath("nft") && knowsBackends(file) {
+			return f, nil
+		}
+	}
+	if onPath("nft") {
+		return "", fail(types.ErrInvalidEnvironmentVariables, "a hostPort needs the program iptables or a newer portmap: %s "+
+			"cannot use nft, which is the only one of the two in %s; put portmap 1.6 there, or install Debian's package "+
+			"iptables, or what holds it", file, os.Getenv("PATH"))
+	}
+	return "", fail(types.ErrInvalidEnvironmentVariables, "a hostPort needs the program iptables or nft on the host, and "+
+		"neither is in %s; install Debian's package iptables or nftables, or what holds it", os.Getenv("PATH"))
+}
+
+// knowsBackends reports whether this portmap can use nft. Older ones know no key backend, and so do not mind what it
+// says. Without ports there is nothing that they could do.
+func knowsBackends(file string) bool {
+	cmd := exec.Command(file)
+	cmd.Env = append(os.Environ(), "CNI_COMMAND=DEL", "CNI_CONTAINERID=tweed", "CNI_IFNAME="+firstInterface, "CNI_NETNS=",
+		"CNI_PATH="+filepath.Dir(file), "CNI_ARGS=")
+	cmd.Stdin = strings.NewReader(`{"cniVersion":"` + delegateVersion + `","name":"tweed","type":"portmap","backend":"?"}`)
+	out, err := cmd.Output()
+	return err != nil && bytes.Contains(out, []byte("backend"))
 }
 
 // legacyIptables reports whether iptables is here, and is the one that keeps its rules apart from nft's. It is asked:

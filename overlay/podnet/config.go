@@ -25,6 +25,8 @@ type Config struct {
 	DNS types.DNS
 	// PrevResult is the result of the ADD, for CHECK.
 	PrevResult json.RawMessage
+	// Args is what the runtime adds for those that understand it.
+	Args json.RawMessage
 	// RuntimeConfig is what the pod asks for, by the capabilities that the configuration declares.
 	RuntimeConfig map[string]json.RawMessage
 
@@ -49,6 +51,7 @@ func ParseConfig(text []byte) (Config, error) {
 		{"sysctlRoot", `a directory such as "/proc/sys"`, &c.SysctlRoot},
 		{"dns", "an object with nameservers, domain, search, options", &c.DNS},
 		{"prevResult", "an object", &c.PrevResult},
+		{"args", "an object", &c.Args},
 		{"runtimeConfig", "an object", &c.RuntimeConfig},
 	} {
 		if v, ok := keys[f.key]; ok && json.Unmarshal(v, f.to) != nil {

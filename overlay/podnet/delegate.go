@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 
@@ -39,7 +40,7 @@ func delegates() []delegate {
 
 // Capabilities are what a network configuration must declare for the runtime to say what a pod asks for.
 func Capabilities() map[string]bool {
-	declared := map[string]bool{}
+	declared := map[string]bool{"ips": true, "mac": true}
 	for _, d := range delegates() {
 		declared[d.Capability] = true
 	}
@@ -56,30 +57,88 @@ type delegation struct {
 	Backend       string                     `json:"backend,omitempty"`
 	RuntimeConfig map[string]json.RawMessage `json:"runtimeConfig"`
 	PrevResult    json.RawMessage            `json:"prevResult,omitempty"`
+	// Container stands for the container's name where that is not the pod's first interface: delegates name their things
+	// after the container alone. It is for us alone.
+	Container string `json:"tweed.dev/container,omitempty"`
 	// Legacy says that the host's iptables is the older one, which keeps its rules apart. It is for us alone.
 	Legacy bool `json:"tweed.dev/legacy,omitempty"`
 }
 
-// delegations are what this call's configuration asks for.
-func (c Config) delegations() (wanted []delegation) {
+// firstInterface is what runtimes call a pod's first interface.
+const firstInterface = "eth0"
+
+// delegations are what this call's configuration asks for, on a node whose packet filter has that form. The error says
+// what the host lacks for one that is left out.
+func (c Config) delegations(p Pod, form string) (wanted []delegation, err error) {
 	for _, d := range delegates() {
-		wish := c.RuntimeConfig[d.Capability]
-		if !asks(wish) {
+		if !asks(c.RuntimeConfig[d.Capability]) {
 			continue
 		}
-		n := delegation{
-			CNIVersion: c.CNIVersion, Name: c.Name, Type: d.Plugin,
-			RuntimeConfig: map[string]json.RawMessage{d.Capability: wish},
+		n, lacks := c.delegation(d, p, form)
+		if lacks == nil {
+			wanted = append(wanted, n)
+		} else if err == nil {
+			err = lacks
 		}
-		if newer, err := version.GreaterThan(n.CNIVersion, delegateVersion); err == nil && newer {
-			n.CNIVersion = delegateVersion
-		}
-		if d.Plugin == "portmap" {
-			n.SNAT, n.Backend, n.Legacy = true, portmapBackend(), legacyIptables()
-		}
-		wanted = append(wanted, n)
 	}
-	return wanted
+	return wanted, err
+}
+
+func (c Config) delegation(d delegate, p Pod, form string) (delegation, error) {
+	wish := c.RuntimeConfig[d.Capability]
+	n := delegation{CNIVersion: c.CNIVersion, Name: c.Name, Type: d.Plugin}
+	if newer, err := version.GreaterThan(n.CNIVersion, delegateVersion); err == nil && newer {
+		n.CNIVersion = delegateVersion
+	}
+	if p.Interface != firstInterface {
+		n.Container = p.Container + "-" + vethName(p.Container, p.Interface)
+	}
+	file, err := findPlugin(d.Plugin, p.Path)
+	if err != nil {
+		return n, err
+	}
+	switch d.Plugin {
+	case "portmap":
+		if n.Backend, err = portmapBackend(form, file); err != nil {
+			return n, err
+		}
+		n.SNAT, n.Legacy = true, n.Backend == iptables && legacyIptables()
+	case "bandwidth":
+		wish = withBurst(wish)
+	}
+	n.RuntimeConfig = map[string]json.RawMessage{d.Capability: wish}
+	return n, nil
+}
+
+// A limit is a bandwidth wish. Rates are in bits per second, bursts in bits.
+type limit struct {
+	IngressRate  uint64 `json:"ingressRate,omitempty"`
+	IngressBurst uint64 `json:"ingressBurst,omitempty"`
+	EgressRate   uint64 `json:"egressRate,omitempty"`
+	EgressBurst  uint64 `json:"egressBurst,omitempty"`
+}
+
+// withBurst gives a wish bursts where the runtime has none in mind, and says so by the largest number: a pod would have
+// its first gigabytes without any limit.
+func withBurst(wish json.RawMessage) json.RawMessage {
+	var l limit
+	if json.Unmarshal(wish, &l) != nil || max(l.IngressBurst, l.EgressBurst) < math.MaxInt32 {
+		return wish
+	}
+	for _, way := range []struct {
+		rate  uint64
+		burst *uint64
+	}{{l.IngressRate, &l.IngressBurst}, {l.EgressRate, &l.EgressBurst}} {
+		if way.rate > 0 && *way.burst >= math.MaxInt32 {
+			// 100 ms' worth; 16 KiB, because what is larger than a burst never passes
+			*way.burst = max(way.rate/10, 16<<10*8)
+		}
+	}
+	text, err := json.Marshal(l)
+	if err != nil {
+		return wish
+	}
+	return text
 }
 
 // asks reports whether a value of runtimeConfig asks for anything: runtimes also pass what is empty.
@@ -160,11 +219,16 @@ func (h *hold) undelegate() error {
 // undelegateUnrecorded does what the runtime alone remembers. Nobody can tell whether there is anything to take back,
 // or ever will, so a failure is said and is none.
 func (s *store) undelegateUnrecorded(c Config, p Pod) {
-	for _, d := range slices.Backward(c.delegations()) {
-		if _, err := s.call("DEL", d, p, nil); err != nil {
-			fmt.Fprintf(os.Stderr, "tweed-cni: container %s has no record; taking back what it may have had: %v\n",
-				p.Container, err)
-		}
+	info, _ := ReadNodeInfo(s.runDir) // without one, the form is iptables
+	wanted, err := c.delegations(p, info.PacketFilter)
+	errs := []error{err}
+	for _, d := range slices.Backward(wanted) {
+		_, err := s.call("DEL", d, p, nil)
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		fmt.Fprintf(os.Stderr, "tweed-cni: container %s has no record; taking back what it may have had: %v\n",
+			p.Container, err)
 	}
 }
 

@@ -100,22 +100,44 @@ func (n *node) wantNoDelegates(after string) {
 			n.t.Errorf("after %s: left in the packet filter: %s", after, line)
 		}
 	}
+	for line := range strings.Lines(n.portsInNft()) {
+		if strings.Contains(line, "comment") && !strings.Contains(line, "portmap plugin") {
+			n.t.Errorf("after %s: left in nftables: %s", after, line)
+		}
+	}
 	if left := n.Run(n.t, "ip -brief link show type ifb"); left != "" {
 		n.t.Errorf("after %s: devices: %s", after, left)
 	}
 }
 
-// filter puts the daemon's own rules beside a firewall that forwards nothing by itself.
+// portsInNft is what portmap has in tables of its own.
+func (n *node) portsInNft() (rules string) {
+	for table := range strings.Lines(n.Run(n.t, "nft list tables")) {
+		if strings.HasSuffix(table, " cni_hostport\n") {
+			rules += n.Run(n.t, "nft list "+table)
+		}
+	}
+	return rules
+}
+
+// filter puts the daemon's own rules in place, those of iptables beside a firewall that forwards nothing by itself.
 func (n *node) filter() {
 	n.t.Helper()
+	form := masq.Form(n.info.PacketFilter)
 	network := subnet.Network{{Prefix: n.info.Networks[0]}, {Prefix: n.info.Networks[1]}}
-	want := masq.Config{Network: network, Subnets: n.info.Subnets, Port: 8472}.Desired()
-	for _, op := range masq.Diff(want, masq.Ruleset{}) {
-		n.Run(n.t, op.String())
+	want := masq.Config{Form: form, Network: network, Subnets: n.info.Subnets, Port: 8472}.Desired()
+	for _, op := range masq.Diff(want, masq.Ruleset{}) { // as commands for a shell
+		var out []byte
+		var err error
+		n.Do(n.t, func() { out, err = exec.Command("sh", "-c", op.String()).CombinedOutput() })
+		if err != nil {
+			n.t.Fatalf("%s: %v: %s", op, err, out)
+		}
 	}
-	for _, command := range []string{"iptables -P FORWARD DROP", "ip6tables -P FORWARD DROP",
-		"sysctl -q -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1"} {
-		n.Run(n.t, command)
+	n.Run(n.t, "sysctl -q -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+	if form != masq.NFTables {
+		n.Run(n.t, "iptables -P FORWARD DROP")
+		n.Run(n.t, "ip6tables -P FORWARD DROP")
 	}
 }
 
@@ -198,23 +220,58 @@ func ask(t *testing.T, from *netnstest.NS, network, addr string) (string, error)
 }
 
 func TestHostPortCannotBeReached(t *testing.T) {
-	n := newNode(t, subnet4, subnet6)
-	n.filter()
-	outside := n.outside()
-	pod, other := netnstest.New(t), netnstest.New(t)
-	a := n.wishing("one", pod, webAndDNS())
-	r := a.mustAdd()
-	n.mustAdd("two", other)
-	answer(t, pod)
-	if len(r.Interfaces) != 2 || len(r.IPs) != 2 || r.CNIVersion != "1.1.0" || r.Interfaces[1].Mtu != 1430 {
-		t.Errorf("result: %+v", r)
+	for form, flush := range map[string]string{
+		"iptables": "iptables -t nat -F CNI-HOSTPORT-DNAT",
+		"nftables": "nft flush chain ip cni_hostport hostports",
+	} {
+		t.Run(form, func(t *testing.T) {
+			n := newNode(t, subnet4, subnet6)
+			n.info.PacketFilter = form
+			n.publish(n.info)
+			n.filter()
+			outside := n.outside()
+			pod, other := netnstest.New(t), netnstest.New(t)
+			a := n.wishing("one", pod, webAndDNS())
+			r := a.mustAdd()
+			n.mustAdd("two", other)
+			answer(t, pod)
+			if len(r.Interfaces) != 2 || len(r.IPs) != 2 || r.CNIVersion != "1.1.0" || r.Interfaces[1].Mtu != 1430 {
+				t.Errorf("result: %+v", r)
+			}
+			wantHostPorts(t, n, outside, pod, other)
+			if err := a.check(); err != nil {
+				t.Errorf("CHECK: %v", err)
+			}
+			n.Run(t, flush)
+			if err := a.check(); err == nil || !strings.Contains(err.Error(), "portmap") {
+				t.Errorf("CHECK without the rules: %v", err)
+			}
+			for _, which := range []string{"first", "second"} {
+				if err := a.del(); err != nil {
+					t.Errorf("%s DEL: %v", which, err)
+				}
+			}
+			if err := n.del("two", other.Path()); err != nil {
+				t.Error(err)
+			}
+			if seen, err := ask(t, outside, "tcp", "192.0.2.1:8080"); err == nil {
+				t.Errorf("after DEL somebody answers: %s", seen)
+			}
+			n.Run(t, "ip link del up0")
+			n.wantNothing("DEL")
+			n.wantNoDelegates("DEL")
+		})
 	}
+}
+
+// wantHostPorts calls webAndDNS's ports from everywhere.
+func wantHostPorts(t *testing.T, n *node, outside, pod, other *netnstest.NS) {
+	t.Helper()
 	for _, tt := range []struct {
-		who   string
-		from  *netnstest.NS
-		host  string
-		seen  string // the address that the pod is called from, where it must be a certain one
-		again bool
+		who  string
+		from *netnstest.NS
+		host string
+		seen string // the address that the pod is called from, where it must be a certain one
 	}{
 		{who: "outside", from: outside, host: "192.0.2.1", seen: "192.0.2.2"},
 		{who: "outside", from: outside, host: "2001:db8::1", seen: "2001:db8::2"},
@@ -223,9 +280,12 @@ func TestHostPortCannotBeReached(t *testing.T) {
 		{who: "node itself", from: n.NS, host: "127.0.0.1", seen: "10.244.3.1"},
 		{who: "another pod", from: other, host: "192.0.2.1"},
 		{who: "another pod", from: other, host: "2001:db8::1"},
+		{who: "another pod", from: other, host: "10.244.3.1"},
+		{who: "another pod", from: other, host: "fd00:10:244:3::1"},
 		{who: "the same pod", from: pod, host: "192.0.2.1", seen: "10.244.3.1"},
 		{who: "the same pod", from: pod, host: "2001:db8::1", seen: "fd00:10:244:3::1"},
-		{who: "another pod", from: other, host: "10.244.3.1"},
+		{who: "the same pod", from: pod, host: "10.244.3.1", seen: "10.244.3.1"},
+		{who: "the same pod", from: pod, host: "fd00:10:244:3::1", seen: "fd00:10:244:3::1"},
 	} {
 		for network, port := range map[string]string{"tcp": "8080", "udp": "8053"} {
 			seen, err := ask(t, tt.from, network, net.JoinHostPort(tt.host, port))
@@ -234,25 +294,81 @@ func TestHostPortCannotBeReached(t *testing.T) {
 			}
 		}
 	}
-	if err := a.check(); err != nil {
-		t.Errorf("CHECK: %v", err)
+}
+
+// pathWith is a PATH that leads to one program.
+func pathWith(t *testing.T, program string) (dir string) {
+	t.Helper()
+	file, err := exec.LookPath(program)
+	if err != nil {
+		t.Fatal(err)
 	}
-	n.Run(t, "iptables -t nat -F CNI-HOSTPORT-DNAT")
-	if err := a.check(); err == nil || !strings.Contains(err.Error(), "portmap") {
-		t.Errorf("CHECK without the rules: %v", err)
+	return fakes(t, map[string]string{program: `exec ` + file + ` "$@"`})
+}
+
+// TestPortsAreWrittenInAnotherForm than the node's packet filter, though they need not be.
+func TestPortsAreWrittenInAnotherForm(t *testing.T) {
+	both, older := os.Getenv("PATH"), []string{pluginDirWithout(t, "portmap"), debian}
+	for _, tt := range []struct {
+		name, form, path string
+		plugins          []string
+		nft              bool
+	}{
+		{"iptables", "iptables", both, nil, false},
+		{"nftables", "nftables", both, nil, true},
+		{"a daemon that does not say", "", both, nil, false},
+		{"nftables without nft", "nftables", pathWith(t, "iptables"), nil, false},
+		{"iptables without iptables", "iptables", pathWith(t, "nft"), nil, true},
+		{"a portmap that knows iptables alone", "nftables", both, older, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			n := newNode(t, subnet4)
+			if tt.plugins != nil {
+				n.usePlugins(tt.plugins...)
+			}
+			n.info.PacketFilter = tt.form
+			n.publish(n.info)
+			a := n.wishing("one", netnstest.New(t), webAndDNS())
+			t.Setenv("PATH", tt.path)
+			a.mustAdd()
+			t.Setenv("PATH", both)
+			if nft := strings.Contains(n.portsInNft(), "dnat to 10.244.3.2:80"); nft != tt.nft {
+				t.Errorf("in nft: %t", nft)
+			}
+			if out := n.Run(t, "iptables-save -t nat"); strings.Contains(out, "DNAT --to-destination 10.244.3.2:80") == tt.nft {
+				t.Errorf("iptables: %s", out)
+			}
+			n.info.PacketFilter = map[string]string{"nftables": "iptables"}[tt.form]
+			n.publish(n.info)
+			n.usePlugins(pluginDir(t))
+			if err := a.del(); err != nil {
+				t.Errorf("DEL where all is different: %v", err)
+			}
+			n.wantNothing("DEL")
+			n.wantNoDelegates("DEL")
+		})
 	}
-	for _, which := range []string{"first", "second"} {
-		if err := a.del(); err != nil {
-			t.Errorf("%s DEL: %v", which, err)
-		}
+}
+
+func TestInterfacesOfAPodShareAWish(t *testing.T) {
+	n := newNode(t, subnet4, subnet6)
+	pod := netnstest.New(t)
+	var all []*attachment
+	for i, iface := range []string{"eth0", "net1"} {
+		a := n.further("one", pod, iface)
+		a.rt.CapabilityArgs = wishes{"portMappings": []port{{8080 + i, 80, "tcp"}}, "bandwidth": slow()["bandwidth"]}
+		a.mustAdd()
+		all = append(all, a)
 	}
-	if err := n.del("two", other.Path()); err != nil {
+	if err := all[1].del(); err != nil {
 		t.Error(err)
 	}
-	if seen, err := ask(t, outside, "tcp", "192.0.2.1:8080"); err == nil {
-		t.Errorf("after DEL somebody answers: %s", seen)
+	if err := all[0].check(); err != nil {
+		t.Errorf("CHECK of the first after DEL of the second: %v", err)
 	}
-	n.Run(t, "ip link del up0")
+	if err := all[0].del(); err != nil {
+		t.Error(err)
+	}
 	n.wantNothing("DEL")
 	n.wantNoDelegates("DEL")
 }
@@ -417,7 +533,7 @@ func TestDelegatesAreToldSomethingElse(t *testing.T) {
 	}
 	first := regexp.MustCompile(`"prevResult":\{"cniVersion":"1.0.0",.*"10.244.3.2/24".*\}`)
 	got := first.ReplaceAllString(string(text), `"prevResult":"ours"}`)
-	const ports = `{"cniVersion":"1.0.0","name":"tweed","type":"portmap","snat":true,` +
+	const ports = `{"cniVersion":"1.0.0","name":"tweed","type":"portmap","snat":true,"backend":"iptables",` +
 		`"runtimeConfig":{"portMappings":[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}]}`
 	const limit = `{"cniVersion":"1.0.0","name":"tweed","type":"bandwidth",` +
 		`"runtimeConfig":{"bandwidth":{"ingressBurst":8,"ingressRate":8}}`
@@ -459,20 +575,21 @@ func TestSecondDelegateFails(t *testing.T) {
 	}
 }
 
-func TestHostHasNoIptables(t *testing.T) {
+func TestHostHasNeitherIptablesNorNft(t *testing.T) {
 	n := newNode(t, subnet4)
 	a := n.wishing("one", netnstest.New(t), webAndDNS())
 	path := os.Getenv("PATH")
 	t.Setenv("PATH", "/run/none")
-	_, err := a.add()
-	if err == nil {
-		t.Fatal("no error")
+	for _, form := range []string{"iptables", "nftables"} {
+		n.info.PacketFilter = form
+		n.publish(n.info)
+		_, err := a.add()
+		wantCode(t, form, err, 4, "a hostPort needs the program iptables or nft", "neither is in /run/none", "install")
 	}
-	for _, says := range []string{"portmap", "iptables", "is not in /run/none", "install"} {
-		if !strings.Contains(err.Error(), says) {
-			t.Errorf("ADD: %q does not say %q", err, says)
-		}
-	}
+	t.Setenv("PATH", path)
+	n.wantNothing("an ADD that was refused")
+	a.mustAdd()
+	t.Setenv("PATH", "/run/none")
 	// Nobody here can tell whether there are rules. The daemon, in its image, can.
 	if err := a.del(); err == nil || !strings.Contains(err.Error(), "[10.244.3.2/24] stay taken") {
 		t.Errorf("DEL: %v", err)
@@ -486,6 +603,18 @@ func TestHostHasNoIptables(t *testing.T) {
 	if err := a.del(); err != nil {
 		t.Errorf("DEL after the sweep: %v", err)
 	}
+}
+
+func TestHostHasNftAndAPortmapWithout(t *testing.T) {
+	n := newNode(t, subnet4)
+	n.usePlugins(pluginDirWithout(t, "portmap"), debian)
+	a := n.wishing("one", netnstest.New(t), webAndDNS())
+	path, dir := os.Getenv("PATH"), pathWith(t, "nft")
+	t.Setenv("PATH", dir)
+	_, err := a.add()
+	t.Setenv("PATH", path)
+	wantCode(t, "ADD", err, 4, debian+"/portmap cannot use nft", "iptables", dir, "portmap 1.6")
+	n.wantNothing("an ADD that was refused")
 }
 
 func TestDelIsLost(t *testing.T) {
@@ -677,14 +806,10 @@ func TestAddIsTerminatedWhileADelegateWorks(t *testing.T) {
 }
 
 func TestHostHasNftAlone(t *testing.T) {
-	dir := t.TempDir()
-	if err := os.Symlink("/usr/sbin/nft", filepath.Join(dir, "nft")); err != nil {
-		t.Fatal(err)
-	}
 	n := newNode(t, subnet4)
 	a := n.wishing("one", netnstest.New(t), webAndDNS())
 	path := os.Getenv("PATH")
-	t.Setenv("PATH", dir)
+	t.Setenv("PATH", pathWith(t, "nft"))
 	a.mustAdd()
 	t.Setenv("PATH", path)
 	if out := n.Run(t, "nft list table ip cni_hostport"); !strings.Contains(out, "dnat") {
@@ -733,4 +858,68 @@ func TestHostHasTheOlderIptables(t *testing.T) {
 		t.Errorf("left: %v, %v", left, err)
 	}
 	n.wantNothing("the sweep")
+}
+
+// TestPodCannotReachItselfByAService has what kube-proxy writes for a Service whose only endpoint is the pod that calls.
+func TestPodCannotReachItselfByAService(t *testing.T) {
+	n := newNode(t, subnet4, subnet6)
+	n.filter()
+	pod, other := netnstest.New(t), netnstest.New(t)
+	n.mustAdd("one", pod)
+	n.mustAdd("two", other)
+	answer(t, pod)
+	for iptables, s := range map[string]struct{ service, endpoint, gateway string }{
+		"iptables":  {"10.96.0.10", "10.244.3.2", "10.244.3.1"},
+		"ip6tables": {"fd00:10:96::a", "fd00:10:244:3::3", "fd00:10:244:3::1"},
+	} {
+		for protocol, port := range map[string]string{"tcp": "80", "udp": "53"} {
+			match := "-d " + s.service + " -p " + protocol + " --dport " + port
+			for _, rule := range []string{
+				"PREROUTING -s " + s.endpoint + " " + match + " -j MARK --set-xmark 0x4000/0x4000",
+				"PREROUTING " + match + " -j DNAT --to-destination " + net.JoinHostPort(s.endpoint, port),
+			} {
+				n.Run(t, iptables+" -t nat -A "+rule)
+			}
+		}
+		n.Run(t, iptables+" -t nat -A POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE")
+		for network, port := range map[string]string{"tcp": "80", "udp": "53"} {
+			for who, from := range map[string]*netnstest.NS{s.gateway: pod, "": other} {
+				seen, err := ask(t, from, network, net.JoinHostPort(s.service, port))
+				if by, _, _ := net.SplitHostPort(seen); err != nil || who != "" && by != who {
+					t.Errorf("%s at %s: %q, %v", network, s.service, seen, err)
+				}
+			}
+		}
+	}
+}
+
+func TestHostPortCannotBeReachedWhereThereIsOneFamily(t *testing.T) {
+	for _, tt := range []struct{ subnet, outside, node, pod, gateway string }{
+		{subnet4, "192.0.2.2", "192.0.2.1", "10.244.3.2", "10.244.3.1"},
+		{subnet6, "2001:db8::2", "2001:db8::1", "fd00:10:244:3::3", "fd00:10:244:3::1"},
+	} {
+		n := newNode(t, tt.subnet)
+		n.filter()
+		outside, pod := n.outside(), netnstest.New(t)
+		a := n.wishing("one", pod, webAndDNS())
+		if r := a.mustAdd(); len(r.IPs) != 1 || r.IPs[0].Address.IP.String() != tt.pod {
+			t.Errorf("result: %v", r)
+		}
+		answer(t, pod)
+		for want, from := range map[string]*netnstest.NS{tt.outside: outside, tt.gateway: pod} {
+			for network, port := range map[string]string{"tcp": "8080", "udp": "8053"} {
+				seen, err := ask(t, from, network, net.JoinHostPort(tt.node, port))
+				if who, _, _ := net.SplitHostPort(seen); err != nil || who != want {
+					t.Errorf("%s at %s: %q, %v", network, tt.node, seen, err)
+				}
+			}
+		}
+		if err := a.check(); err != nil {
+			t.Errorf("CHECK: %v", err)
+		}
+		if err := a.del(); err != nil {
+			t.Error(err)
+		}
+		n.wantNoDelegates("DEL")
+	}
 }

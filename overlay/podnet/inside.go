@@ -69,10 +69,13 @@ type end struct {
 	iface    string
 	addrs    []netip.Prefix
 	gateways []netip.Addr
+	// apart are those of addrs that do not use the pod's default route, because another interface had it first.
+	apart []netip.Prefix
 }
 
-// configure brings the end up, with addresses and default routes. It must be called within the pod's namespace.
-func (e end) configure(h *netlink.Handle, sysctlRoot string) error {
+// configure brings the end up, with addresses and default routes, and says which are apart. It must be called within
+// the pod's namespace.
+func (e *end) configure(h *netlink.Handle, sysctlRoot string) error {
 	l, err := h.LinkByName(e.iface)
 	if err != nil {
 		return fmt.Errorf("looking up %s: %w", e.iface, err)
@@ -102,9 +105,8 @@ func (e end) configure(h *netlink.Handle, sysctlRoot string) error {
 		if !ok {
 			continue
 		}
-		route := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(everything(gw)), Gw: gw.AsSlice()}
-		if err := h.RouteAdd(route); err != nil {
-			return fmt.Errorf("ip route add default via %s dev %s: %w", gw, e.iface, meaning(err))
+		if err := e.leadOut(h, l, a, gw, sysctlRoot); err != nil {
+			return err
 		}
 	}
 	return settle(e.iface)
@@ -126,7 +128,7 @@ func setSysctl(path, want string) error {
 }
 
 // broken names what is wrong with the end. It must be called within the pod's namespace.
-func (e end) broken(h *netlink.Handle, mac backend.MAC) (broken []error) {
+func (e *end) broken(h *netlink.Handle, mac backend.MAC) (broken []error) {
 	l, err := h.LinkByName(e.iface)
 	if err != nil {
 		return []error{fmt.Errorf("interface %s is missing (%w)", e.iface, err)}
@@ -151,6 +153,12 @@ func (e end) broken(h *netlink.Handle, mac backend.MAC) (broken []error) {
 			broken = append(broken, fmt.Errorf("interface %s lacks address %s", e.iface, a))
 		}
 		gw, ok := gatewayOf(a, e.gateways)
+		if ok && slices.Contains(e.apart, a) {
+			if err := e.brokenApart(h, l, a, gw); err != nil {
+				broken = append(broken, err)
+			}
+			continue
+		}
 		if ok && !slices.ContainsFunc(routes, func(r netlink.Route) bool { return isDefault(r, gw) }) {
 			broken = append(broken, fmt.Errorf("there is no default route via %s dev %s", gw, e.iface))
 		}
@@ -159,10 +167,14 @@ func (e end) broken(h *netlink.Handle, mac backend.MAC) (broken []error) {
 }
 
 func isDefault(r netlink.Route, gw netip.Addr) bool {
-	if r.Dst != nil {
-		if ones, _ := r.Dst.Mask.Size(); ones != 0 {
-			return false
-		}
+	return leadsEverywhere(r) && r.Gw.Equal(gw.AsSlice())
+}
+
+// leadsEverywhere reports whether a route is one for all destinations.
+func leadsEverywhere(r netlink.Route) bool {
+	if r.Dst == nil {
+		return true
 	}
-	return r.Gw.Equal(gw.AsSlice())
+	ones, _ := r.Dst.Mask.Size()
+	return ones == 0
 }

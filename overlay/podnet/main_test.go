@@ -99,7 +99,7 @@ func (n *node) publish(info NodeInfo) {
 func (n *node) conflist(version string, more ...string) *libcni.NetworkConfigList {
 	n.t.Helper()
 	keys := strings.Join(append([]string{`"type": "tweed-cni"`, fmt.Sprintf(`"runDir": %q`, n.runDir),
-		`"capabilities": {"portMappings": true, "bandwidth": true}`}, more...), ", ")
+		`"capabilities": {"portMappings": true, "bandwidth": true, "ips": true, "mac": true}`}, more...), ", ")
 	text := fmt.Sprintf(`{"cniVersion": %q, "name": "tweed", "plugins": [{%s}]}`, version, keys)
 	list, err := libcni.NetworkConfFromBytes([]byte(text))
 	if err != nil {

@@ -46,6 +46,8 @@ type NodeInfo struct {
 	// Bridge is the link that pods are ports of, Device the one of ours that reaches other nodes; "" where none is needed.
 	Bridge string `json:"bridge"`
 	Device string `json:"device"`
+	// PacketFilter is what the node's packet filter is written in, iptables or nftables; "" stands for iptables.
+	PacketFilter string `json:"packetFilter,omitempty"`
 	// MTU is that of the pods' interfaces, in bytes.
 	MTU int `json:"mtu"`
 }

@@ -23,6 +23,7 @@ type Pod struct {
 	NetNS     string // CNI_NETNS, the path of a network namespace
 	Interface string // CNI_IFNAME
 	Path      string // CNI_PATH, where the plugins are that ports and bandwidth are delegated to
+	Args      string // CNI_ARGS
 }
 
 // Attach gives a pod an interface on the node's bridge, with an address of each of the node's subnets and default
@@ -33,19 +34,17 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	if c.unfit != nil {
 		return nil, c.unfit
 	}
-	info, err := ReadNodeInfo(c.RunDir)
+	wish, err := c.asked(p)
 	if err != nil {
-		return nil, fail(types.ErrTryAgainLater, "%v", err)
+		return nil, err
 	}
-	if len(info.Subnets) == 0 {
-		return nil, fail(types.ErrTryAgainLater,
-			"node %s has no subnet for pods yet; see what the tweed daemon logs", info.Node)
+	info, err := readyNode(c.RunDir)
+	if err != nil {
+		return nil, err
 	}
-	wanted := c.delegations()
-	for _, d := range wanted {
-		if _, err := findPlugin(d.Type, p.Path); err != nil {
-			return nil, err
-		}
+	wanted, err := c.delegations(p, info.PacketFilter)
+	if err != nil {
+		return nil, err
 	}
 	ns, err := openNetNS(p.NetNS)
 	if err != nil {
@@ -61,9 +60,12 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	if err != nil {
 		return nil, fail(types.ErrTryAgainLater, "%v", err)
 	}
+	if wish.mac.String() == bridge.HardwareAddr.String() {
+		return nil, wish.macField.refuse(wish.mac.String(), "is the MAC of the node's bridge %s; give another", info.Bridge)
+	}
 
 	name := vethName(p.Container, p.Interface)
-	rec := record{Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}}
+	rec := record{Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}, asked: wish}
 	held, err := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path)).take(rec, info.Subnets)
 	if err != nil {
 		return nil, ioFailure(err)
@@ -76,16 +78,29 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 		_, freeErr := held.free()
 		return nil, errors.Join(err, freeErr)
 	}
-	inPod := end{p.Interface, held.Addrs, info.Gateways}
-	r := result(v, p, inPod, c.DNS)
+	inPod := &end{iface: p.Interface, addrs: held.Addrs, gateways: info.Gateways}
+	var r *types100.Result
 	if err = host.wire(ctx, v, held, inPod, info.Bridge, c.SysctlRoot); err == nil {
-		r, err = held.delegate(ctx, wanted, p, r)
+		r, err = held.delegate(ctx, wanted, p, result(v, p, inPod, c.DNS))
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("pod %s: %w; it was taken back", p.Container, err), undo(host, held))
+		return nil, errors.Join(fmt.Errorf("pod %s: %w; it was taken back", p.Container, err), undo(host, held, p.NetNS))
 	}
 	held.release()
 	return r, nil
+}
+
+// readyNode reads what the daemon says of a node that pods can be attached to.
+func readyNode(runDir string) (NodeInfo, error) {
+	info, err := ReadNodeInfo(runDir)
+	if err != nil {
+		return info, fail(types.ErrTryAgainLater, "%v", err)
+	}
+	if len(info.Subnets) == 0 {
+		return info, fail(types.ErrTryAgainLater,
+			"node %s has no subnet for pods yet; see what the tweed daemon logs", info.Node)
+	}
+	return info, nil
 }
 
 // create makes the pair of devices. An interface of the pod's or the host's that is in the way is left alone.
@@ -103,7 +118,7 @@ func (h *host) create(v veth, held *hold) error {
 }
 
 // wire makes a pair of devices that is there work. The error is ctx's if that has ended meanwhile.
-func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, sysctlRoot string) error {
+func (h *host) wire(ctx context.Context, v veth, held *hold, inPod *end, bridge, sysctlRoot string) error {
 	made, err := h.link(v.name)
 	if err != nil {
 		return err
@@ -117,6 +132,9 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 		return fmt.Errorf("ip link set %s up type bridge_slave hairpin on: %w", v.name, err)
 	}
 	err = within(v.podNS, func(nl *netlink.Handle) error { return inPod.configure(nl, sysctlRoot) })
+	if held.Apart = inPod.apart; err == nil && len(held.Apart) > 0 {
+		err = held.save()
+	}
 	if err != nil {
 		return err
 	}
@@ -131,8 +149,9 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 
 // undo takes back what an ADD has done so far. While a delegate cannot do its part, or the veth cannot be removed, the
 // addresses stay taken: what is left of the one would reach whoever has the address next.
-func undo(host *host, held *hold) error {
+func undo(host *host, held *hold, netns string) error {
 	err := held.undelegate()
+	join(netns, held.Apart)
 	if err = errors.Join(err, host.remove(held.Veth, held.Index)); err != nil {
 		held.release()
 		return err
@@ -160,7 +179,7 @@ func Detach(c Config, p Pod) error {
 	if held == nil { // the name of the veth still tells whose it is
 		return host.remove(vethName(p.Container, p.Interface), 0)
 	}
-	return undo(host, held)
+	return undo(host, held, p.NetNS)
 }
 
 // Status reports whether pods can be attached: code 50 until the daemon's first pass of this boot has converged, 51
@@ -242,7 +261,7 @@ func Check(c Config, p Pod) error {
 	if mac, ok := rememberedMAC(c.PrevResult, p.Interface); ok {
 		rec.MAC = mac
 	}
-	inPod := end{p.Interface, rec.Addrs, info.Gateways}
+	inPod := &end{iface: p.Interface, addrs: rec.Addrs, gateways: info.Gateways, apart: rec.Apart}
 	broken := host.broken(rec, info)
 	err = within(ns, func(nl *netlink.Handle) error {
 		broken = append(broken, inPod.broken(nl, rec.MAC)...)
@@ -321,7 +340,7 @@ func rememberedMAC(result json.RawMessage, iface string) (backend.MAC, bool) {
 }
 
 // result says what was made (CNI spec, section 5, "ADD Success").
-func result(v veth, p Pod, inPod end, dns types.DNS) *types100.Result {
+func result(v veth, p Pod, inPod *end, dns types.DNS) *types100.Result {
 	r := &types100.Result{
 		CNIVersion: types100.ImplementedSpecVersion,
 		Interfaces: []*types100.Interface{
@@ -332,8 +351,11 @@ func result(v veth, p Pod, inPod end, dns types.DNS) *types100.Result {
 	}
 	for _, a := range inPod.addrs {
 		ip := &types100.IPConfig{Interface: types100.Int(1), Address: *ipNet(a)}
-		if gw, ok := gatewayOf(a, inPod.gateways); ok {
+		gw, ok := gatewayOf(a, inPod.gateways)
+		if ok {
 			ip.Gateway = gw.AsSlice()
+		}
+		if ok && !slices.Contains(inPod.apart, a) {
 			r.Routes = append(r.Routes, &types.Route{Dst: *ipNet(everything(gw)), GW: gw.AsSlice()})
 		}
 		r.IPs = append(r.IPs, ip)

@@ -221,12 +221,6 @@ func TestAddCannotBeDone(t *testing.T) {
 			n.publish(n.info)
 			return pod.Path()
 		}, 11, []string{"n1 has no subnet"}},
-		{"gateway cannot be reached", func(_ *node, pod *netnstest.NS) string {
-			pod.Run(t, "ip link add other type bridge")
-			pod.Run(t, "ip link set other up")
-			pod.Run(t, "ip route add default dev other")
-			return pod.Path()
-		}, 999, []string{"ip route add default via 10.244.3.1 dev eth0", "file exists"}},
 		{"MTU is refused", func(n *node, pod *netnstest.NS) string {
 			n.info.MTU = 40
 			n.publish(n.info)

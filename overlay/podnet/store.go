@@ -31,8 +31,13 @@ type record struct {
 	MAC backend.MAC `json:"mac"`
 	// Addrs are the pod's addresses, each with the length of the subnet it is from.
 	Addrs []netip.Prefix `json:"addresses"`
+	// Apart are those of Addrs that are looked up in a routing table of their own in the pod.
+	Apart []netip.Prefix `json:"apart,omitempty"`
 	// Delegates are the configurations that further plugins were called with for this pod, each with its type.
 	Delegates []json.RawMessage `json:"delegates"`
+
+	// asked is for the ADD alone.
+	asked asked
 }
 
 // A store hands out the addresses of the node's pods.
@@ -66,8 +71,13 @@ func (s *store) last(p netip.Prefix) string {
 	return filepath.Join(s.runDir, fmt.Sprintf("last-%d", p.Addr().BitLen()))
 }
 
-// take gives r an address of each subnet. The hold is the caller's to release, or to free if what follows fails.
+// take gives r an address of each subnet, and a MAC: those that are asked for, or free ones. The hold is the caller's
+// to release, or to free if what follows fails.
 func (s *store) take(r record, subnets []netip.Prefix) (*hold, error) {
+	ips, err := r.asked.fit(subnets)
+	if err != nil {
+		return nil, err
+	}
 	for _, dir := range []string{s.podDir(), s.addrDir()} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, fmt.Errorf("making the address store: %w", err)
@@ -77,20 +87,36 @@ func (s *store) take(r record, subnets []netip.Prefix) (*hold, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, subnet := range subnets {
-		a, err := h.pick(subnet)
-		if err != nil {
-			_, freeErr := h.free()
-			return nil, errors.Join(err, freeErr)
-		}
-		h.Addrs = append(h.Addrs, netip.PrefixFrom(a, subnet.Bits()))
-	}
-	h.MAC = podMAC(h.Addrs)
-	if err := h.save(); err != nil {
+	if err := h.fill(subnets, ips); err != nil {
 		_, freeErr := h.free()
 		return nil, errors.Join(err, freeErr)
 	}
 	return h, nil
+}
+
+// fill finds the addresses and the MAC, and writes them down.
+func (h *hold) fill(subnets []netip.Prefix, ips map[netip.Prefix]netip.Addr) error {
+	for _, subnet := range subnets {
+		a, ok := ips[subnet]
+		var err error
+		if ok {
+			err = h.takeAsked(a, h.asked.ipField)
+		} else {
+			a, err = h.pick(subnet)
+		}
+		if err != nil {
+			return err
+		}
+		h.Addrs = append(h.Addrs, netip.PrefixFrom(a, subnet.Bits()))
+	}
+	if h.asked.mac != (backend.MAC{}) {
+		return h.takeMAC(h.asked.mac, h.asked.macField)
+	}
+	h.MAC = podMAC(h.Addrs)
+	if a := h.Addrs[0]; a.Addr().Is6() && !inPodRange(a) {
+		return h.takeMAC(h.MAC, h.asked.ipField+": the MAC of "+field(a.Addr().String()))
+	}
+	return h.save()
 }
 
 // claim makes the file of r, locked, under the name of its veth.
