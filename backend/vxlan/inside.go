@@ -109,13 +109,12 @@ func (c Config) held(a netip.Addr) netip.Addr {
 }
 
 // own adds to s the addresses that this node has in the tunnel, and the rules by which its pods' packets find nodes
-// there. As long as there is an old peer, packets that another program masquerades must have an address that it answers
-// through the tunnel.
-func (c Config) own(s backend.State, self []subnet.Lease, old bool) {
+// there.
+func (c Config) own(s backend.State, self []subnet.Lease) {
 	dev := DeviceName(c.VNI)
 	for _, l := range self {
 		a := ownAddr(dev, l.Subnet.Addr())
-		if held := c.held(l.Subnet.Addr()); held.IsValid() && !old {
+		if held := c.held(l.Subnet.Addr()); held.IsValid() {
 			a = heldAddr(dev, held)
 		}
 		s.Addrs[a.AddrKey] = a
@@ -124,14 +123,19 @@ func (c Config) own(s backend.State, self []subnet.Lease, old bool) {
 	}
 }
 
-// source is the preferred source of packets to the pods of a peer. Where none is given the kernel takes the address of
-// the device. While that is one of the subnet, this node is known inside by another: a server that is asked there by UDP
-// would answer with an address that nobody asked.
-func (c Config) source(p peer, old bool) netip.Addr {
-	if !old || !p.Inside.Known() {
+// source is the preferred source of this node's own packets to the pods of a peer. Where none is given the kernel takes
+// the address of the device. One of an older version answers through the tunnel only what is of a pod subnet: the
+// address after the first, which this node's bridge has.
+func (c Config) source(p peer, self []subnet.Lease) netip.Addr {
+	if p.Inside.Known() || !c.held(p.Subnet.Addr()).IsValid() {
 		return netip.Addr{}
 	}
-	return c.held(p.Subnet.Addr())
+	for _, l := range self {
+		if a := l.Subnet.Addr(); a.Is4() == p.Subnet.Addr().Is4() {
+			return a.Next()
+		}
+	}
+	return netip.Addr{}
 }
 
 // heldAddr puts the node's own address on the device as well, so that its packets into the tunnel have it, those too that

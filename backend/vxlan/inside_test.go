@@ -73,9 +73,9 @@ ip -6 route add 2001:db8::17/128 via fe80::1cd0:b4ff:fe61:315a dev tweed.1 proto
 	}, {
 		name: "a peer of an older version", held: addrs("192.0.2.11"), up: uplink("192.0.2.11"),
 		peers: append(peerInside("node-7", "17", "192.0.2.17"), old),
-		want: `ip addr add 10.244.3.0/32 dev tweed.1
+		want: `ip addr add 192.0.2.11/32 dev tweed.1
 ip addr add fd00:10:244:3::2/128 dev tweed.1 nodad
-ip route add 10.244.17.0/24 via 10.244.17.0 dev tweed.1 onlink proto 116 src 192.0.2.11
+ip route add 10.244.8.0/24 via 10.244.8.0 dev tweed.1 onlink proto 116 src 10.244.3.1
 ip route add 192.0.2.17/32 via 10.244.17.0 dev tweed.1 onlink proto 116 table 116`,
 	}, {
 		name: "peers on the segment", held: addrs("192.0.2.11"), up: near(uplink("192.0.2.11"), "192.0.2.11/24"),

@@ -8,7 +8,6 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strconv"
 
 	"tweed.dev/tweed/backend"
@@ -89,9 +88,8 @@ func (c Config) DeviceMTU(up backend.Uplink) int {
 // Judge. Those on up's Segment get a plain route, each family by itself. They keep their entries on the device, so that
 // to change over, in either direction, is to replace one route.
 //
-// Pods and nodes reach each other through the tunnel with their own addresses, where these are inside. As long as one
-// peer behind the tunnel is of an older version, this node's own packets have an address of its subnet, which that peer
-// answers through the tunnel.
+// Pods and nodes reach each other through the tunnel with their own addresses, where these are inside. A peer of an older
+// version is sent an address of this node's subnet, which it answers through the tunnel; that is between the two.
 func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.State {
 	dev := DeviceName(c.VNI)
 	s := backend.State{
@@ -104,12 +102,10 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 	}
 	// A host that does not forward IPv6 believes router advertisements, and one could come out of the tunnel.
 	s.SetSysctl("net/ipv6/conf/"+dev+"/accept_ra", "0")
-	others := c.peers(peers, up)
-	old := slices.ContainsFunc(others, isOld)
-	c.own(s, self, old)
+	c.own(s, self)
 	nodes := map[netip.Addr]subnet.Lease{} // by their addresses
-	for _, p := range others {
-		route := p.reach(s, dev, c.source(p, old))
+	for _, p := range c.peers(peers, up) {
+		route := p.reach(s, dev, c.source(p, self))
 		if p.direct || !p.Inside.Has(p.NodeAddr()) {
 			continue
 		}
@@ -118,7 +114,6 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 			continue
 		}
 		nodes[p.NodeAddr()] = p.Lease
-		route.Src = netip.Addr{}
 		route.RouteKey = backend.RouteKey{Table: backend.NodesTable, Dst: single(p.NodeAddr())}
 		s.Routes[route.RouteKey] = route
 	}
@@ -170,10 +165,6 @@ func (c Config) peers(leases []subnet.Lease, up backend.Uplink) []peer {
 	}
 	return all
 }
-
-// isOld reports whether a peer behind the tunnel is of an older version, whose pods would answer the address of a node
-// past the tunnel.
-func isOld(p peer) bool { return !p.direct && !p.Inside.Known() }
 
 // reach adds to s what leads to the pods of a peer, with a preferred source if that is valid, and returns the route.
 func (p peer) reach(s backend.State, dev string, src netip.Addr) backend.Route {
