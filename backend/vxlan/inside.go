@@ -123,19 +123,26 @@ func (c Config) own(s backend.State, self []subnet.Lease) {
 	}
 }
 
-// source is the preferred source of this node's own packets to the pods of a peer. Where none is given the kernel takes
-// the address of the device. One of an older version answers through the tunnel only what is of a pod subnet: the
-// address after the first, which this node's bridge has.
-func (c Config) source(p peer, self []subnet.Lease) netip.Addr {
-	if p.Inside.Known() || !c.held(p.Subnet.Addr()).IsValid() {
-		return netip.Addr{}
+// meet has this node's packets to the pods of a peer of an older version leave with an address of this node's subnet, the
+// one after the first, which its bridge has too: such a peer answers nothing else through the tunnel. In IPv4 that is an
+// address toward the peer's gateway, which the kernel takes also for what another program masquerades. In IPv6 there is no
+// such thing, and the route's preferred source serves the node's own packets alone.
+func (c Config) meet(s backend.State, p peer, route backend.Route, self []subnet.Lease) {
+	if !c.held(p.Subnet.Addr()).IsValid() {
+		return // there is no other address in the tunnel
 	}
 	for _, l := range self {
-		if a := l.Subnet.Addr(); a.Is4() == p.Subnet.Addr().Is4() {
-			return a.Next()
+		source := l.Subnet.Addr().Next()
+		switch {
+		case source.Is4() != p.Subnet.Addr().Is4():
+		case source.Is4():
+			key := backend.AddrKey{Dev: route.Dev, Prefix: single(source), Toward: route.Via}
+			s.Addrs[key] = backend.Addr{AddrKey: key, NoPrefixRoute: true, Late: true, Peer: p.Node}
+		default:
+			route.Src = source
+			s.Routes[route.RouteKey] = route
 		}
 	}
-	return netip.Addr{}
 }
 
 // heldAddr puts the node's own address on the device as well, so that its packets into the tunnel have it, those too that

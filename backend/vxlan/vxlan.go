@@ -105,8 +105,14 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 	c.own(s, self)
 	nodes := map[netip.Addr]subnet.Lease{} // by their addresses
 	for _, p := range c.peers(peers, up) {
-		route := p.reach(s, dev, c.source(p, self))
-		if p.direct || !p.Inside.Has(p.NodeAddr()) {
+		route := p.reach(s, dev)
+		switch {
+		case p.direct:
+			continue
+		case !p.Inside.Known():
+			c.meet(s, p, route, self)
+			continue
+		case !p.Inside.Has(p.NodeAddr()):
 			continue
 		}
 		// Of two nodes that publish one address the older is believed, as with a subnet.
@@ -166,8 +172,8 @@ func (c Config) peers(leases []subnet.Lease, up backend.Uplink) []peer {
 	return all
 }
 
-// reach adds to s what leads to the pods of a peer, with a preferred source if that is valid, and returns the route.
-func (p peer) reach(s backend.State, dev string, src netip.Addr) backend.Route {
+// reach adds to s what leads to the pods of a peer, and returns the route.
+func (p peer) reach(s backend.State, dev string) backend.Route {
 	fdb := backend.FDBKey{Dev: dev, MAC: p.MAC}
 	s.FDB[fdb] = backend.FDBEntry{FDBKey: fdb, Dst: p.Host, Peer: p.Node}
 	// IPv6 goes by the VTEP's link-local address, which is on the link without a word: replacing a route fails with
@@ -180,7 +186,7 @@ func (p peer) reach(s backend.State, dev string, src netip.Addr) backend.Route {
 	s.Neighs[neigh] = backend.Neigh{NeighKey: neigh, MAC: p.MAC, Peer: p.Node}
 	route := p.route
 	if !p.direct {
-		route.Dev, route.Via, route.Onlink, route.Src = dev, gateway, onlink, src
+		route.Dev, route.Via, route.Onlink = dev, gateway, onlink
 	}
 	s.Routes[route.RouteKey] = route
 	return route
