@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 
 	"tweed.dev/tweed/backend"
@@ -125,6 +126,11 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 	}
 	// So that the check of where a packet comes from (rp_filter) goes by the mark too. It is for IPv4 alone.
 	s.SetSysctl("net/ipv4/conf/"+dev+"/src_valid_mark", "1")
+	// By IPv6 no router cuts a packet that is too large, so the device learns how much there is room for and says so of the
+	// way to the peer's pods. Of what is forwarded, the kernel goes by that in IPv6 only, unless it is told to.
+	if up.Local.Is6() && slices.ContainsFunc(self, func(l subnet.Lease) bool { return l.Subnet.Addr().Is4() }) {
+		s.SetSysctl("net/ipv4/ip_forward_use_pmtu", "1")
+	}
 	return s
 }
 
