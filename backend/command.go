@@ -105,10 +105,14 @@ func (Addr) Kind() string { return "address" }
 
 // Command is an ip addr command.
 func (a Addr) Command(do Verb, _ Object) string {
-	if do == Delete {
-		return line("ip addr del", a.Prefix.String(), "dev", a.Dev)
+	words := a.Prefix.String()
+	if a.Toward.IsValid() {
+		words = fmt.Sprintf("%s peer %s/%d", a.Prefix.Addr(), a.Toward, a.Prefix.Bits())
 	}
-	return line("ip addr add", a.Prefix.String(), "dev", a.Dev,
+	if do == Delete {
+		return line("ip addr del", words, "dev", a.Dev)
+	}
+	return line("ip addr add", words, "dev", a.Dev,
 		choose(a.NoDAD, "nodad", ""), choose(a.NoPrefixRoute, "noprefixroute", ""))
 }
 

@@ -75,6 +75,8 @@ func other() backend.State {
 	})
 	for _, a := range []backend.Addr{
 		{AddrKey: addrKey("tweed.1", "10.244.3.0/32"), NoPrefixRoute: true},
+		{AddrKey: backend.AddrKey{Dev: "tweed.1", Prefix: netip.MustParsePrefix("10.244.3.1/32"),
+			Toward: netip.MustParseAddr("10.244.7.0")}, NoPrefixRoute: true, Late: true},
 		{AddrKey: addrKey("tweed0", "fd00:10:244:3::1/64"), NoDAD: true},
 		{AddrKey: addrKey("tweed0", "10.244.99.1/24")},
 	} {

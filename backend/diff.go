@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -25,8 +26,9 @@ func Diff(want State, have Observed) (ops []Op, problems []subnet.Problem) {
 	d := &differ{}
 	d.heed(want, have.Strangers)
 	d.links(want.Links, have.Links)
+	have.Addrs = d.overtaken(want.Addrs, have.Addrs)
 	d.addresses(want.Addrs, have.Addrs)
-	compare(d, want.Addrs, have.Addrs, equal)
+	compare(d, want.Addrs, have.Addrs, sameAddr)
 	compare(d, want.Neighs, have.Neighs, func(a, b Neigh) bool { a.Peer = b.Peer; return a == b })
 	compare(d, want.FDB, have.FDB, func(a, b FDBEntry) bool { a.Peer = b.Peer; return a == b })
 	compare(d, want.Routes, have.Routes, func(a, b Route) bool { a.Peer = b.Peer; return a == b })
@@ -39,6 +41,8 @@ func Diff(want State, have Observed) (ops []Op, problems []subnet.Problem) {
 }
 
 func equal[V comparable](a, b V) bool { return a == b }
+
+func sameAddr(a, b Addr) bool { a.Peer = b.Peer; return a == b }
 
 // A differ is one Diff under way.
 type differ struct {
@@ -146,13 +150,34 @@ func (l Link) replaces(was Link) bool {
 		v.Dev == "" && w.Dev != ""
 }
 
+// overtaken returns have as it is of use: where no address that is for all gateways stays in its place, those toward one
+// will stand before the one that comes, and have to be added behind it.
+func (d *differ) overtaken(want, have map[AddrKey]Addr) map[AddrKey]Addr {
+	led := map[string]bool{}
+	for k, h := range have {
+		led[k.Dev] = led[k.Dev] || k.plain4() && sameAddr(want[k], h) && !d.loses(h)
+	}
+	use := have
+	for k, h := range have {
+		if !h.Late || led[k.Dev] {
+			continue
+		}
+		if isSame(use, have) {
+			use = maps.Clone(have)
+		}
+		h.Late = false
+		use[k] = h
+	}
+	return use
+}
+
 // addresses notes what the kernel takes away with addresses that go.
 func (d *differ) addresses(want, have map[AddrKey]Addr) {
 	d.bare4, d.sources = map[string]bool{}, map[netip.Addr]bool{}
 	d.relieve(want, have)
 	stay4, stay := map[string]bool{}, map[netip.Addr]bool{}
 	for k, h := range have {
-		goes := want[k] != h && !d.blocked[k.Dev] && !d.taken[k] && !d.relieved[k]
+		goes := !sameAddr(want[k], h) && !d.blocked[k.Dev] && !d.taken[k] && !d.relieved[k]
 		switch {
 		case goes && k.Prefix.Addr().Is4():
 			d.bare4[k.Dev] = true
@@ -185,7 +210,7 @@ func (d *differ) relieve(want, have map[AddrKey]Addr) {
 		other, same := false, false
 		for w := range want {
 			if w.Dev == k.Dev && w.Prefix.Addr().Is4() == k.Prefix.Addr().Is4() && !d.taken[w] {
-				other, same = true, same || w.Prefix.Addr() == k.Prefix.Addr()
+				other, same = true, same || w.Prefix.Addr() == k.Prefix.Addr() && !w.Toward.IsValid()
 			}
 		}
 		d.relieved[k] = other && !same
@@ -318,6 +343,8 @@ func (s Sysctl) device() string {
 // peer is the node that o serves, or "" for this one.
 func peer(o Object) string {
 	switch o := o.(type) {
+	case Addr:
+		return o.Peer
 	case Neigh:
 		return o.Peer
 	case FDBEntry:
@@ -380,7 +407,8 @@ func inStage(a, b Object) int {
 		return strings.Compare(a.Name, b.(Sysctl).Name)
 	case Addr:
 		b := b.(Addr)
-		return cmp.Or(strings.Compare(a.Dev, b.Dev), a.Prefix.Compare(b.Prefix))
+		// Those toward a gateway come last, so that they are late.
+		return cmp.Or(strings.Compare(a.Dev, b.Dev), a.Toward.Compare(b.Toward), a.Prefix.Compare(b.Prefix))
 	case Neigh:
 		b := b.(Neigh)
 		return cmp.Or(strings.Compare(a.Dev, b.Dev), a.Addr.Compare(b.Addr))

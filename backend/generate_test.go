@@ -2,7 +2,9 @@ package backend_test
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"pgregory.net/rapid"
@@ -91,12 +93,28 @@ func drawLink(t *rapid.T, s backend.State, name string) {
 			}
 		}
 	}
+	drawToward(t, s, name)
 	if l.Up {
 		drawRoutes(t, s, l)
 	}
 	sysctl := "net/ipv6/conf/" + name + "/accept_ra"
 	if rapid.Bool().Draw(t, "accept_ra") {
 		s.Sysctls[sysctl] = backend.Sysctl{Name: sysctl, Value: rapid.SampledFrom([]string{"0", "1", "2"}).Draw(t, "value")}
+	}
+}
+
+// drawToward adds addresses for single gateways, behind one for all.
+func drawToward(t *rapid.T, s backend.State, dev string) {
+	if !slices.ContainsFunc(slices.Collect(maps.Keys(s.Addrs)), func(k backend.AddrKey) bool {
+		return k.Dev == dev && k.Prefix.Addr().Is4()
+	}) {
+		return
+	}
+	for _, gateway := range []string{"10.244.17.0", "10.244.18.0"} {
+		if rapid.Bool().Draw(t, "toward") {
+			key := backend.AddrKey{Dev: dev, Prefix: prefixes("10.244.%d.0/32")[0], Toward: netip.MustParseAddr(gateway)}
+			s.Addrs[key] = backend.Addr{AddrKey: key, NoPrefixRoute: true, Late: true, Peer: drawPeer(t)}
+		}
 	}
 }
 

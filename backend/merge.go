@@ -35,18 +35,18 @@ func union[K comparable, V any](a, b map[K]V) map[K]V {
 }
 
 // Swap puts what leads to some peers, now, in the place of what led to them, was, and reports whether it did. It does
-// nothing where s does not hold all of was, or holds something else where now has to go; or where either of the two has
-// more than is for peers which s does not have too.
+// nothing where s does not hold all of was, or holds something else where now has to go; or where the two differ in more
+// than neighbours, FDB entries and routes.
 func (s *State) Swap(was, now State) bool {
 	if !swappable(s.Neighs, was.Neighs, now.Neighs) || !swappable(s.FDB, was.FDB, now.FDB) ||
 		!swappable(s.Routes, was.Routes, now.Routes) {
 		return false
 	}
-	for _, t := range [...]State{was, now} {
-		if !within(s.Links, t.Links) || !within(s.Addrs, t.Addrs) || !within(s.Rules, t.Rules) ||
-			!within(s.Sysctls, t.Sysctls) || !within(s.Ports, t.Ports) {
-			return false
-		}
+	rest := State{Links: was.Links, Addrs: was.Addrs, Rules: was.Rules, Sysctls: was.Sysctls, Ports: was.Ports}
+	if !within(s.Links, was.Links) || !within(s.Addrs, was.Addrs) || !within(s.Rules, was.Rules) ||
+		!within(s.Sysctls, was.Sysctls) || !within(s.Ports, was.Ports) ||
+		!rest.Equal(State{Links: now.Links, Addrs: now.Addrs, Rules: now.Rules, Sysctls: now.Sysctls, Ports: now.Ports}) {
+		return false
 	}
 	s.Neighs = swapped(s.Neighs, was.Neighs, now.Neighs)
 	s.FDB = swapped(s.FDB, was.FDB, now.FDB)

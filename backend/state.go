@@ -90,6 +90,9 @@ type Bridge struct {
 type AddrKey struct {
 	Dev    string
 	Prefix netip.Prefix // the address with its prefix length, not masked
+	// Toward is a gateway (IFA_ADDRESS; what ip calls the peer of an address). Packets that leave through it, and have no
+	// address yet, get this one. Invalid where it is for all that leave by the device.
+	Toward netip.Addr
 }
 
 // An Addr is an address on a device of ours. Link-local addresses that the kernel makes are not ours.
@@ -99,7 +102,15 @@ type Addr struct {
 	NoDAD bool
 	// NoPrefixRoute keeps the kernel from adding a route for the prefix (IFA_F_NOPREFIXROUTE).
 	NoPrefixRoute bool
+	// Late is set of an address with Toward that stands behind one without: of those that are for no gateway in
+	// particular the kernel takes the first there is (inet_select_addr), and this must not be it. An address has its place
+	// by when it was added.
+	Late bool
+	Peer string // node that the address is for; not part of what the kernel holds
 }
+
+// plain4 reports whether a is an IPv4 address for all that leaves by its device.
+func (a AddrKey) plain4() bool { return a.Prefix.Addr().Is4() && !a.Toward.IsValid() }
 
 // NeighKey tells neighbour entries apart.
 type NeighKey struct {

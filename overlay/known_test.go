@@ -2,11 +2,13 @@ package overlay
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -155,6 +157,12 @@ func drawLeases(t *rapid.T) (leases []subnet.Lease) {
 		}
 		if rapid.IntRange(0, 9).Draw(t, "other MAC") == 0 {
 			nodes[name][0].Data = peer("peer-0", "10.244.2.0/24", "192.0.2.12").Data
+		}
+		if rapid.IntRange(0, 9).Draw(t, "older version") == 0 {
+			for i := range nodes[name] {
+				data, _, _ := strings.Cut(string(nodes[name][i].Data), `,"inside"`)
+				nodes[name][i].Data = json.RawMessage(data + "}")
+			}
 		}
 		if rapid.IntRange(0, 9).Draw(t, "bad") == 0 {
 			nodes[name][0].Backend = "pigeons"

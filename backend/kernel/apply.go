@@ -48,8 +48,6 @@ func (k *Kernel) apply(op backend.Op) error {
 	switch o := op.What.(type) {
 	case backend.Link:
 		return k.applyLink(op.Do, o, op.Was)
-	case backend.Addr:
-		return k.applyAddr(op.Do, o)
 	case backend.Rule:
 		return k.applyRule(op.Do, o)
 	case backend.Sysctl:
@@ -62,22 +60,25 @@ func (k *Kernel) apply(op backend.Op) error {
 	return fmt.Errorf("the kernel has no %s", op.What.Kind())
 }
 
-func (k *Kernel) applyAddr(do backend.Verb, a backend.Addr) error {
+func (k *Kernel) addrChange(do backend.Verb, a backend.Addr) (change, error) {
 	if do == backend.Change {
-		return errors.New("an address cannot be changed in place: of an IPv4 one the kernel keeps the flags")
+		return change{}, errors.New("an address cannot be changed in place: of an IPv4 one the kernel keeps the flags")
 	}
 	index, err := k.indexOf(a.Dev)
 	if err != nil {
-		return err
+		return change{}, err
 	}
-	ip := a.Prefix.Addr()
+	ip, other := a.Prefix.Addr(), a.Prefix.Addr()
+	if a.Toward.IsValid() {
+		other = a.Toward
+	}
 	m := make(message, unix.SizeofIfAddrmsg, 64)
 	m[0], m[1] = family(ip), uint8(a.Prefix.Bits())
 	putIndex(m, index)
 	m.addr(unix.IFA_LOCAL, ip)
-	m.addr(unix.IFA_ADDRESS, ip)
+	m.addr(unix.IFA_ADDRESS, other)
 	if do == backend.Delete {
-		return k.conn.do(unix.RTM_DELADDR, 0, m)
+		return change{unix.RTM_DELADDR, 0, m}, nil
 	}
 	var flags uint32
 	if a.NoDAD {
@@ -87,7 +88,7 @@ func (k *Kernel) applyAddr(do backend.Verb, a backend.Addr) error {
 		flags |= unix.IFA_F_NOPREFIXROUTE
 	}
 	m.u32(unix.IFA_FLAGS, flags)
-	return k.conn.do(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, m)
+	return change{unix.RTM_NEWADDR, unix.NLM_F_CREATE | unix.NLM_F_EXCL, m}, nil
 }
 
 func (k *Kernel) neighChange(do backend.Verb, n backend.Neigh) (change, error) {

@@ -74,6 +74,8 @@ func (k *Kernel) applyFiltered(ctx context.Context, ops []backend.Op) (errs []er
 // changeOf returns the one request that an operation on an entry of a table consists of, and false for other objects.
 func (k *Kernel) changeOf(op backend.Op) (c change, ok bool, err error) {
 	switch o := op.What.(type) {
+	case backend.Addr:
+		c, err = k.addrChange(op.Do, o)
 	case backend.Neigh:
 		c, err = k.neighChange(op.Do, o)
 	case backend.FDBEntry:

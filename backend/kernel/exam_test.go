@@ -69,6 +69,7 @@ func sample() backend.State {
 		tunnel(), sampleBridge(),
 		addrOn(vtep, "10.244.3.0/32", false), addrOn(vtep, "fd00:10:244:3::2/128", true),
 		gateway("10.244.3.1/24", false), gateway("fd00:10:244:3::1/64", true),
+		toward("10.244.8.0"), toward("10.244.9.0"),
 		neighTo("10.244.7.0"), neighTo("fe80::c00:ff:fe00:7"), fdb("192.0.2.17"),
 		tunnelRoute("10.244.7.0/24", "10.244.7.0", 0), tunnelRoute("fd00:10:244:7::/64", "fe80::c00:ff:fe00:7", 0),
 		tunnelRoute("10.245.7.0/24", "10.244.7.0", 50), tunnelRoute("fd00:10:245:7::/64", "fe80::c00:ff:fe00:7", 50),
@@ -117,6 +118,12 @@ func addrOn(dev, prefix string, noDAD bool) backend.Addr {
 func gateway(prefix string, noDAD bool) backend.Addr {
 	a := addrOn(bridge, prefix, noDAD)
 	a.NoPrefixRoute = true
+	return a
+}
+
+func toward(via string) backend.Addr {
+	a := addrOn(vtep, "10.244.3.1/32", false)
+	a.Toward, a.NoPrefixRoute, a.Late = netip.MustParseAddr(via), true, true
 	return a
 }
 
@@ -192,6 +199,7 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"Ports", askPorts},
 		{"EachKindChanges", askChanges},
 		{"EachKindGoes", askEachKindGoes},
+		{"FirstAddressIsForOneGateway", askLate},
 		{"CleanupLeavesNothing", askCleanup},
 		{"SecondAddIsRefused", askSecondAdd},
 		{"FailuresAmongManyAtOnce", askFailuresAmongMany},
@@ -306,6 +314,44 @@ func askEachKindGoes(t *testing.T, h host) {
 	pass(t, h, want)
 	delete(want.Links, bridge)
 	pass(t, h, want)
+}
+
+// The kernel takes the first address of a device where none is for the gateway. That is the one for all gateways, whoever
+// was there before it.
+func askLate(t *testing.T, h host) {
+	pass(t, h, sample())
+	first := addrOn(vtep, "10.244.3.0/32", false)
+	h.byHand(backend.Op{Do: backend.Delete, What: first})
+	have, err := h.Observe(t.Context(), sample())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if have.Addrs[toward("10.244.8.0").AddrKey].Late {
+		t.Error("an address that has become the first does not read so")
+	}
+	h.byHand(backend.Op{Do: backend.Add, What: first})
+	pass(t, h, sample())
+	want := sample() // with another
+	delete(want.Addrs, first.AddrKey)
+	put(want, addrOn(vtep, "192.0.2.11/32", false))
+	put(want, tunnelRoute("10.244.8.0/24", "10.244.8.0", 0))
+	pass(t, h, want)
+	if have, err = h.Observe(t.Context(), want); err != nil {
+		t.Fatal(err)
+	}
+	for _, via := range []string{"10.244.8.0", "10.244.9.0"} {
+		if got := have.Addrs[toward(via).AddrKey]; got != toward(via) {
+			t.Errorf("toward %s: %+v", via, got)
+		}
+	}
+	for to, src := range map[string]string{"10.244.7.5": "192.0.2.11", "10.244.8.5": "10.244.3.1"} {
+		if path := routeTo(t, h, to); path.Src.String() != src {
+			t.Errorf("a packet to %s leaves from %s, want %s", to, path.Src, src)
+		}
+	}
+	delete(want.Addrs, toward("10.244.9.0").AddrKey)
+	pass(t, h, want)
+	pass(t, h, sample())
 }
 
 func askCleanup(t *testing.T, h host) {

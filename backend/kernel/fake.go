@@ -20,6 +20,7 @@ type Fake struct {
 	mu sync.Mutex
 	// own is what carries our mark, others what does not.
 	own, others backend.State
+	added       []backend.AddrKey // of own.Addrs, in their order
 	uplinks     map[string]backend.Interface
 	filter      masq.Ruleset
 	counts      map[masq.Chain][]uint64
@@ -554,6 +555,8 @@ func (f *Fake) loseAddrs(which func(backend.Addr) bool) {
 // (fib_disable_ip).
 func (f *Fake) loseAddr(a backend.Addr) {
 	delete(f.own.Addrs, a.AddrKey)
+	f.added = slices.DeleteFunc(f.added, func(k backend.AddrKey) bool { return k == a.AddrKey })
+	f.line()
 	addr := a.Prefix.Addr()
 	f.loseSource(addr)
 	if addr.Is6() {
@@ -619,8 +622,22 @@ func (f *Fake) applyAddr(do backend.Verb, a backend.Addr) error {
 			return syscall.EEXIST
 		}
 	}
+	a.Peer = ""
 	f.own.Addrs[a.AddrKey] = a
+	f.added = append(f.added, a.AddrKey)
+	f.line()
 	return nil
+}
+
+// line says of addresses toward a gateway whether they stand behind one that is for all.
+func (f *Fake) line() {
+	led := map[string]bool{}
+	for _, k := range f.added {
+		a := f.own.Addrs[k]
+		led[k.Dev] = led[k.Dev] || k.Prefix.Addr().Is4() && !k.Toward.IsValid()
+		a.Late = k.Toward.Is4() && led[k.Dev]
+		f.own.Addrs[k] = a
+	}
 }
 
 func (f *Fake) applyNeigh(do backend.Verb, n backend.Neigh) error {

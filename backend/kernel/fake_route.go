@@ -28,7 +28,7 @@ func (f *Fake) RouteTo(ctx context.Context, addr netip.Addr) (backend.Path, erro
 	}
 	path := backend.Path{Dev: best.Dev, Src: best.Src}
 	if !path.Src.IsValid() && path.Dev != "" {
-		path.Src = f.sourceOn(best.Dev, addr)
+		path.Src = f.sourceOn(best.Dev, addr, best.Via)
 	}
 	return path, ctx.Err()
 }
@@ -86,17 +86,22 @@ func (f *Fake) ways(i backend.Interface) []backend.Way {
 // prefixMetric6 is the metric of the route that the kernel adds for an IPv6 address (IP6_RT_PRIO_ADDRCONF).
 const prefixMetric6 = 256
 
-// sourceOn is the first address on dev of the family of addr.
-func (f *Fake) sourceOn(dev string, addr netip.Addr) netip.Addr {
+// sourceOn is the address on dev toward via, else the first of the family of addr.
+func (f *Fake) sourceOn(dev string, addr, via netip.Addr) (src netip.Addr) {
 	for _, p := range f.uplinks[dev].Addrs {
 		if family(p.Addr()) == family(addr) {
 			return p.Addr()
 		}
 	}
-	for k := range f.own.Addrs {
-		if k.Dev == dev && family(k.Prefix.Addr()) == family(addr) {
-			return k.Prefix.Addr()
+	for _, k := range f.added {
+		a := k.Prefix.Addr()
+		switch {
+		case k.Dev != dev || family(a) != family(addr):
+		case k.Toward.IsValid() && k.Toward == via:
+			return a
+		case !src.IsValid():
+			src = a
 		}
 	}
-	return netip.Addr{}
+	return src
 }

@@ -194,14 +194,18 @@ func clashText(l link) string {
 }
 
 func (s *survey) lookAtAddrs() error {
-	reset := func() { s.have.Addrs = make(map[backend.AddrKey]backend.Addr, len(s.want.Addrs)) }
+	var led map[int]bool // links with an IPv4 address that is for all gateways; the kernel tells them in their order
+	reset := func() {
+		s.have.Addrs, led = make(map[backend.AddrKey]backend.Addr, len(s.want.Addrs)), map[int]bool{}
+	}
 	err := s.conn.dump(unix.RTM_GETADDR, make(message, unix.SizeofIfAddrmsg), reset, func(b []byte) {
 		a, ok := parseAddr(b)
 		l, ours := s.ours[a.index]
 		if !ok || !ours {
 			return
 		}
-		key := backend.AddrKey{Dev: l.name, Prefix: a.prefix}
+		key := backend.AddrKey{Dev: l.name, Prefix: a.prefix, Toward: a.toward}
+		led[a.index] = led[a.index] || a.prefix.Addr().Is4() && !a.toward.IsValid()
 		_, wanted := s.want.Addrs[key]
 		if a.prefix.Addr().IsLinkLocalUnicast() && !wanted { // the kernel's
 			return
@@ -210,6 +214,7 @@ func (s *survey) lookAtAddrs() error {
 			AddrKey:       key,
 			NoDAD:         a.flags&unix.IFA_F_NODAD != 0,
 			NoPrefixRoute: a.flags&unix.IFA_F_NOPREFIXROUTE != 0,
+			Late:          a.toward.Is4() && led[a.index],
 		}
 	})
 	return wrap(err, "listing addresses")

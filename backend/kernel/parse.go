@@ -146,8 +146,9 @@ func (l *link) parseBridge(data []byte) {
 type address struct {
 	index  int
 	prefix netip.Prefix
-	flags  uint32 // IFA_F_*
-	scope  uint8  // RT_SCOPE_*
+	toward netip.Addr // the other end, where there is one
+	flags  uint32     // IFA_F_*
+	scope  uint8      // RT_SCOPE_*
 }
 
 func parseAddr(b []byte) (address, bool) {
@@ -168,6 +169,9 @@ func parseAddr(b []byte) (address, bool) {
 	}
 	if !local.IsValid() {
 		local = other
+	}
+	if other.IsValid() && other != local {
+		a.toward = other
 	}
 	a.prefix = netip.PrefixFrom(local, int(b[1]))
 	return a, a.prefix.IsValid()

@@ -109,13 +109,12 @@ func (c Config) held(a netip.Addr) netip.Addr {
 }
 
 // own adds to s the addresses that this node has in the tunnel, and the rules by which its pods' packets find nodes
-// there. As long as there is an old peer, packets that another program masquerades must have an address that it answers
-// through the tunnel.
-func (c Config) own(s backend.State, self []subnet.Lease, old bool) {
+// there.
+func (c Config) own(s backend.State, self []subnet.Lease) {
 	dev := DeviceName(c.VNI)
 	for _, l := range self {
 		a := ownAddr(dev, l.Subnet.Addr())
-		if held := c.held(l.Subnet.Addr()); held.IsValid() && !old {
+		if held := c.held(l.Subnet.Addr()); held.IsValid() {
 			a = heldAddr(dev, held)
 		}
 		s.Addrs[a.AddrKey] = a
@@ -124,14 +123,26 @@ func (c Config) own(s backend.State, self []subnet.Lease, old bool) {
 	}
 }
 
-// source is the preferred source of packets to the pods of a peer. Where none is given the kernel takes the address of
-// the device. While that is one of the subnet, this node is known inside by another: a server that is asked there by UDP
-// would answer with an address that nobody asked.
-func (c Config) source(p peer, old bool) netip.Addr {
-	if !old || !p.Inside.Known() {
-		return netip.Addr{}
+// meet has this node's packets to the pods of a peer of an older version leave with an address of this node's subnet, the
+// one after the first, which its bridge has too: such a peer answers nothing else through the tunnel. In IPv4 that is an
+// address toward the peer's gateway, which the kernel takes also for what another program masquerades. In IPv6 there is no
+// such thing, and the route's preferred source serves the node's own packets alone.
+func (c Config) meet(s backend.State, p peer, route backend.Route, self []subnet.Lease) {
+	if !c.held(p.Subnet.Addr()).IsValid() {
+		return // there is no other address in the tunnel
 	}
-	return c.held(p.Subnet.Addr())
+	for _, l := range self {
+		source := l.Subnet.Addr().Next()
+		switch {
+		case source.Is4() != p.Subnet.Addr().Is4():
+		case source.Is4():
+			key := backend.AddrKey{Dev: route.Dev, Prefix: single(source), Toward: route.Via}
+			s.Addrs[key] = backend.Addr{AddrKey: key, NoPrefixRoute: true, Late: true, Peer: p.Node}
+		default:
+			route.Src = source
+			s.Routes[route.RouteKey] = route
+		}
+	}
 }
 
 // heldAddr puts the node's own address on the device as well, so that its packets into the tunnel have it, those too that

@@ -43,7 +43,9 @@ func inside(s backend.State) string {
 
 func TestNodeIsNotReachedInside(t *testing.T) {
 	old := lease("node-8", "10.244.8.0/24", "192.0.2.18")
+	old6 := lease("node-8", "fd00:10:244:8::/64", "192.0.2.18")
 	old.Data = []byte(`{"vni":1,"port":8472,"mac":"0e:6b:2c:01:02:03"}`)
+	old6.Data = old.Data
 	for _, c := range []struct {
 		name  string
 		held  []netip.Addr
@@ -71,12 +73,18 @@ ip -6 route add 2001:db8::17/128 via fe80::1cd0:b4ff:fe61:315a dev tweed.1 proto
 ip addr add fd00:10:244:3::2/128 dev tweed.1 nodad
 ip -6 route add 2001:db8::17/128 via fe80::1cd0:b4ff:fe61:315a dev tweed.1 proto 116 table 116`,
 	}, {
-		name: "a peer of an older version", held: addrs("192.0.2.11"), up: uplink("192.0.2.11"),
-		peers: append(peerInside("node-7", "17", "192.0.2.17"), old),
+		name: "a peer of an older version", held: addrs("192.0.2.11", "2001:db8::11"), up: uplink("192.0.2.11"),
+		peers: append(peerInside("node-7", "17", "192.0.2.17"), old, old6),
+		want: `ip addr add 192.0.2.11/32 dev tweed.1
+ip addr add 2001:db8::11/128 dev tweed.1 nodad noprefixroute
+ip addr add 10.244.3.1 peer 10.244.8.0/32 dev tweed.1 noprefixroute
+ip route add 192.0.2.17/32 via 10.244.17.0 dev tweed.1 onlink proto 116 table 116
+ip -6 route add fd00:10:244:8::/64 via fe80::c6b:2cff:fe01:203 dev tweed.1 proto 116 src fd00:10:244:3::1`,
+	}, {
+		name: "a peer of an older version, and a NAT in front of this node", up: uplink("192.0.2.11"),
+		peers: []subnet.Lease{old, old6},
 		want: `ip addr add 10.244.3.0/32 dev tweed.1
-ip addr add fd00:10:244:3::2/128 dev tweed.1 nodad
-ip route add 10.244.17.0/24 via 10.244.17.0 dev tweed.1 onlink proto 116 src 192.0.2.11
-ip route add 192.0.2.17/32 via 10.244.17.0 dev tweed.1 onlink proto 116 table 116`,
+ip addr add fd00:10:244:3::2/128 dev tweed.1 nodad`,
 	}, {
 		name: "peers on the segment", held: addrs("192.0.2.11"), up: near(uplink("192.0.2.11"), "192.0.2.11/24"),
 		peers: append(peerInside("node-7", "17", "192.0.2.17"), published(old, "192.0.2.18")),

@@ -7,6 +7,7 @@ package vxlan
 import (
 	"crypto/sha256"
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -90,9 +91,8 @@ func (c Config) DeviceMTU(up backend.Uplink) int {
 // Judge. Those on up's Segment get a plain route, each family by itself. They keep their entries on the device, so that
 // to change over, in either direction, is to replace one route.
 //
-// Pods and nodes reach each other through the tunnel with their own addresses, where these are inside. As long as one
-// peer behind the tunnel is of an older version, this node's own packets have an address of its subnet, which that peer
-// answers through the tunnel.
+// Pods and nodes reach each other through the tunnel with their own addresses, where these are inside. A peer of an older
+// version is sent an address of this node's subnet, which it answers through the tunnel; that is between the two.
 func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.State {
 	dev := DeviceName(c.VNI)
 	s := backend.State{
@@ -105,13 +105,17 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 	}
 	// A host that does not forward IPv6 believes router advertisements, and one could come out of the tunnel.
 	s.SetSysctl("net/ipv6/conf/"+dev+"/accept_ra", "0")
-	others := c.peers(peers, up)
-	old := slices.ContainsFunc(others, isOld)
-	c.own(s, self, old)
-	joined := make(map[netip.Addr]time.Time, len(others)) // of the nodes, by their addresses
-	for _, p := range others {
-		route := p.reach(s, dev, c.source(p, old))
-		if p.direct || !p.Inside.Has(p.NodeAddr()) {
+	c.own(s, self)
+	joined := make(map[netip.Addr]time.Time, len(peers)) // of the nodes, by their addresses
+	for p := range c.peers(peers, up) {
+		route := p.reach(s, dev)
+		switch {
+		case p.direct:
+			continue
+		case !p.Inside.Known():
+			c.meet(s, p, route, self)
+			continue
+		case !p.Inside.Has(p.NodeAddr()):
 			continue
 		}
 		// Of two nodes that publish one address the older is believed, as with a subnet.
@@ -119,12 +123,16 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 			continue
 		}
 		joined[p.NodeAddr()] = p.Since
-		route.Src = netip.Addr{}
 		route.RouteKey = backend.RouteKey{Table: backend.NodesTable, Dst: single(p.NodeAddr())}
 		s.Routes[route.RouteKey] = route
 	}
 	// So that the check of where a packet comes from (rp_filter) goes by the mark too. It is for IPv4 alone.
 	s.SetSysctl("net/ipv4/conf/"+dev+"/src_valid_mark", "1")
+	// By IPv6 no router cuts a packet that is too large, so the device learns how much there is room for and says so of the
+	// way to the peer's pods. Of what is forwarded, the kernel goes by that in IPv6 only, unless it is told to.
+	if up.Local.Is6() && slices.ContainsFunc(self, func(l subnet.Lease) bool { return l.Subnet.Addr().Is4() }) {
+		s.SetSysctl("net/ipv4/ip_forward_use_pmtu", "1")
+	}
 	return s
 }
 
@@ -158,26 +166,24 @@ type peer struct {
 }
 
 // peers reads leases, and finds the ways to them.
-func (c Config) peers(leases []subnet.Lease, up backend.Uplink) []peer {
-	all := make([]peer, 0, len(leases))
-	for _, l := range leases {
-		d, err := c.parse(l.Data)
-		if err != nil {
-			continue
+func (c Config) peers(leases []subnet.Lease, up backend.Uplink) iter.Seq[peer] {
+	return func(yield func(peer) bool) {
+		for _, l := range leases {
+			d, err := c.parse(l.Data)
+			if err != nil {
+				continue
+			}
+			p := peer{Lease: l, Data: d}
+			p.route, p.direct = up.Segment.Route(l)
+			if !yield(p) {
+				return
+			}
 		}
-		p := peer{Lease: l, Data: d}
-		p.route, p.direct = up.Segment.Route(l)
-		all = append(all, p)
 	}
-	return all
 }
 
-// isOld reports whether a peer behind the tunnel is of an older version, whose pods would answer the address of a node
-// past the tunnel.
-func isOld(p peer) bool { return !p.direct && !p.Inside.Known() }
-
-// reach adds to s what leads to the pods of a peer, with a preferred source if that is valid, and returns the route.
-func (p peer) reach(s backend.State, dev string, src netip.Addr) backend.Route {
+// reach adds to s what leads to the pods of a peer, and returns the route.
+func (p peer) reach(s backend.State, dev string) backend.Route {
 	fdb := backend.FDBKey{Dev: dev, MAC: p.MAC}
 	s.FDB[fdb] = backend.FDBEntry{FDBKey: fdb, Dst: p.Host, Peer: p.Node}
 	// IPv6 goes by the VTEP's link-local address, which is on the link without a word: replacing a route fails with
@@ -190,7 +196,7 @@ func (p peer) reach(s backend.State, dev string, src netip.Addr) backend.Route {
 	s.Neighs[neigh] = backend.Neigh{NeighKey: neigh, MAC: p.MAC, Peer: p.Node}
 	route := p.route
 	if !p.direct {
-		route.Dev, route.Via, route.Onlink, route.Src = dev, gateway, onlink, src
+		route.Dev, route.Via, route.Onlink = dev, gateway, onlink
 	}
 	s.Routes[route.RouteKey] = route
 	return route

@@ -90,6 +90,7 @@ ip -6 rule add pref 116 from fd00:10:244:3::/64 fwmark 0x1000/0x1000 lookup 116 
 			`dstport 4789 local 2001:db8::11 nolearning && ethtool -K tweed.16777215 tx off
 sysctl -w net/ipv4/conf/tweed.16777215/src_valid_mark=1
 sysctl -w net/ipv6/conf/tweed.16777215/accept_ra=0
+sysctl -w net/ipv4/ip_forward_use_pmtu=1
 ip addr add 10.244.3.0/32 dev tweed.16777215
 node-7: ip neigh replace 10.244.7.0 lladdr 1e:d0:b4:61:31:5a dev tweed.16777215 nud permanent
 node-7: bridge fdb replace 1e:d0:b4:61:31:5a dev tweed.16777215 dst 2001:db8::17 self permanent

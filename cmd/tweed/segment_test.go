@@ -194,7 +194,7 @@ func (p *pinger) answered() int {
 func (c *threeNodes) pings(a, b int) (all []*pinger) {
 	for i := range 2 {
 		for _, way := range []struct{ from, to int }{{a, b}, {b, a}} {
-			p := &pinger{cmd: exec.Command("nsenter", "--net="+c.pods[way.from].Path(), "--",
+			p := &pinger{cmd: exec.CommandContext(c.router.t.Context(), "nsenter", "--net="+c.pods[way.from].Path(), "--",
 				"ping", "-i", fmt.Sprint(every.Seconds()), podAddrs(way.to)[i])}
 			p.cmd.Stdout, p.cmd.Stderr = p, p
 			if err := p.cmd.Start(); err != nil {

@@ -292,7 +292,7 @@ func fleetLease(i int) map[string]string {
 		"tweed.dev/host":         addrs[0] + "," + addrs[1],
 		"tweed.dev/network":      "10.128.0.0/9,fd00:10:244::/48",
 		"tweed.dev/backend":      "vxlan",
-		"tweed.dev/backend-data": fmt.Sprintf(`{"vni":1,"port":8472,"mac":%q}`, fleetMAC(i)),
+		"tweed.dev/backend-data": fmt.Sprintf(`{"vni":1,"port":8472,"mac":%q,"inside":[4,6]}`, fleetMAC(i)),
 	}
 }
 
