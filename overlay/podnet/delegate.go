@@ -132,10 +132,7 @@ func (h *hold) note(d delegation) error {
 		return err
 	}
 	h.Delegates = append(h.Delegates, text)
-	if err := h.save(); err != nil {
-		return fmt.Errorf("writing to the address store: %w", err)
-	}
-	return nil
+	return h.save()
 }
 
 // undelegate has the delegates take back what they did, the last one first.

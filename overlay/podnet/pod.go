@@ -63,10 +63,10 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	}
 
 	name := vethName(p.Container, p.Interface)
-	rec := record{Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}}
+	rec := record{Network: c.Name, Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}}
 	held, err := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path)).take(rec, info.Subnets)
 	if err != nil {
-		return nil, ioFailure(err)
+		return nil, err
 	}
 	v := veth{
 		name: name, mac: vethMAC(p.Container, p.Interface), mtu: info.MTU, bridge: bridge.Index,
@@ -82,7 +82,8 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 		r, err = held.delegate(ctx, wanted, p, r)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("pod %s: %w; it was taken back", p.Container, err), undo(host, held))
+		err = fmt.Errorf("pod %s: %w; it was taken back", p.Container, err)
+		return nil, errors.Join(err, undo(host, held))
 	}
 	held.release()
 	return r, nil
@@ -110,7 +111,7 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 	}
 	held.Index = made.Index
 	if err := held.save(); err != nil {
-		return fmt.Errorf("writing to the address store: %w", err)
+		return err
 	}
 	// The host's end goes first: from the moment the pod's end is up, frames pass as they should.
 	if err := h.open(held.Index); err != nil {
@@ -129,7 +130,7 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 	return nil
 }
 
-// undo takes back what an ADD has done so far. While a delegate cannot do its part, or the veth cannot be removed, the
+// undo takes back what an ADD has done. While a delegate cannot do its part, or the veth cannot be removed, the
 // addresses stay taken: what is left of the one would reach whoever has the address next.
 func undo(host *host, held *hold) error {
 	err := held.undelegate()
@@ -137,8 +138,10 @@ func undo(host *host, held *hold) error {
 		held.release()
 		return err
 	}
-	_, err = held.free()
-	return err
+	if _, err = held.free(); err != nil {
+		err = fmt.Errorf("freeing the addresses of container %s, interface %s: %w", held.Container, held.Interface, err)
+	}
+	return held.store.trouble(err)
 }
 
 // Detach takes a pod's interface away, with what further plugins did for it, and frees its addresses. What is gone
@@ -152,7 +155,7 @@ func Detach(c Config, p Pod) error {
 	store := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
 	held, err := store.find(p.Container, p.Interface)
 	if err != nil {
-		return fmt.Errorf("reading the address store: %w", err)
+		return store.trouble(err)
 	}
 	if held == nil || !held.legible() {
 		store.undelegateUnrecorded(c, p)
@@ -262,7 +265,7 @@ func Check(c Config, p Pod) error {
 func (s *store) read(p Pod) (record, error) {
 	held, err := s.find(p.Container, p.Interface)
 	if err != nil {
-		return record{}, fmt.Errorf("reading the address store: %w", err)
+		return record{}, s.trouble(err)
 	}
 	if held == nil {
 		return record{}, fmt.Errorf("pod %s: the address store in %s has no record of interface %s", p.Container, s.runDir,

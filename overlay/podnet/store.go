@@ -23,6 +23,7 @@ import (
 // A record is what the store keeps of one pod interface. It is one file with several names: <run directory>/pods/<veth>
 // is the first that it gets and the last that it loses, <run directory>/addrs/<address> one for each of its addresses.
 type record struct {
+	Network   string `json:"network"`   // the name of its configuration; "" in files of older plugins
 	Container string `json:"container"` // CNI_CONTAINERID
 	Interface string `json:"interface"` // CNI_IFNAME
 	Veth      string `json:"veth"`      // the host's end; vethName of the two above
@@ -66,29 +67,47 @@ func (s *store) last(p netip.Prefix) string {
 	return filepath.Join(s.runDir, fmt.Sprintf("last-%d", p.Addr().BitLen()))
 }
 
+// trouble gives an error of the store's file system the CNI code of a failed input or output, and says what to do.
+func (s *store) trouble(err error) error {
+	var path *fs.PathError
+	var link *os.LinkError
+	var coded *types.Error
+	if errors.As(err, &coded) || !errors.As(err, &path) && !errors.As(err, &link) {
+		return err
+	}
+	hint := ""
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		hint = "; make room on the file system of " + s.runDir
+	case errors.Is(err, unix.EROFS):
+		hint = "; have the file system of " + s.runDir + " mounted for writing"
+	}
+	return fail(types.ErrIOFailure, "the address store: %v%s", err, hint)
+}
+
 // take gives r an address of each subnet. The hold is the caller's to release, or to free if what follows fails.
 func (s *store) take(r record, subnets []netip.Prefix) (*hold, error) {
 	for _, dir := range []string{s.podDir(), s.addrDir()} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, fmt.Errorf("making the address store: %w", err)
+			return nil, s.trouble(err)
 		}
 	}
 	h, err := s.claim(r)
 	if err != nil {
-		return nil, err
+		return nil, s.trouble(err)
 	}
 	for _, subnet := range subnets {
 		a, err := h.pick(subnet)
 		if err != nil {
 			_, freeErr := h.free()
-			return nil, errors.Join(err, freeErr)
+			return nil, s.trouble(errors.Join(err, freeErr))
 		}
 		h.Addrs = append(h.Addrs, netip.PrefixFrom(a, subnet.Bits()))
 	}
 	h.MAC = podMAC(h.Addrs)
 	if err := h.save(); err != nil {
 		_, freeErr := h.free()
-		return nil, errors.Join(err, freeErr)
+		return nil, s.trouble(errors.Join(err, freeErr))
 	}
 	return h, nil
 }
@@ -98,7 +117,7 @@ func (s *store) claim(r record) (*hold, error) {
 	for {
 		h, tmp, err := s.create(r)
 		if err != nil {
-			return nil, fmt.Errorf("writing to the address store: %w", err)
+			return nil, err
 		}
 		err = os.Link(tmp, s.pod(r.Veth))
 		os.Remove(tmp)
@@ -193,7 +212,7 @@ func (h *hold) save() error {
 		return err
 	}
 	_, err = h.file.WriteAt(append(text, '\n'), 0)
-	return err
+	return h.store.trouble(err)
 }
 
 // pick links the file to the next free address of a subnet.
@@ -225,7 +244,7 @@ func (h *hold) next(subnet netip.Prefix) (netip.Addr, error) {
 			return a, h.store.remember(subnet, a)
 		}
 		if !errors.Is(err, fs.ErrExist) {
-			return netip.Addr{}, fmt.Errorf("taking an address: %w", err)
+			return netip.Addr{}, err
 		}
 		if a = a.Next(); last.Less(a) {
 			a = first
