@@ -263,7 +263,7 @@ func Check(c Config, p Pod) error {
 
 // read returns the record of an attachment, and names what is wrong with it.
 func (s *store) read(p Pod) (record, error) {
-	held, err := s.find(p.Container, p.Interface)
+	held, err := s.lookUp(p.Container, p.Interface, unix.LOCK_SH)
 	if err != nil {
 		return record{}, s.trouble(err)
 	}

@@ -174,8 +174,12 @@ func (s *store) clear(r record) error {
 // hold opens and locks a file of the store. The error is fs.ErrNotExist where there is none, EWOULDBLOCK where how has
 // LOCK_NB and somebody is at work on it. A file that cannot be read as a record gives an empty one.
 func (s *store) hold(path string, how int) (*hold, error) {
+	flags := os.O_RDWR // also to free it, which is then not begun where it cannot be done: on a read-only file system
+	if how&unix.LOCK_SH != 0 {
+		flags = os.O_RDONLY
+	}
 	for {
-		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		f, err := os.OpenFile(path, flags, 0)
 		if err != nil {
 			return nil, err
 		}
@@ -286,9 +290,11 @@ func (s *store) exhausted(subnet netip.Prefix, sweepErr error) error {
 }
 
 // find locks the record of an attachment, waiting for an ADD that is still at work. It is nil where there is none.
-func (s *store) find(container, iface string) (*hold, error) {
+func (s *store) find(container, iface string) (*hold, error) { return s.lookUp(container, iface, unix.LOCK_EX) }
+
+func (s *store) lookUp(container, iface string, how int) (*hold, error) {
 	veth := vethName(container, iface)
-	h, err := s.hold(s.pod(veth), unix.LOCK_EX)
+	h, err := s.hold(s.pod(veth), how)
 	if err != nil {
 		return nil, ignore(err, fs.ErrNotExist)
 	}
