@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -64,7 +65,9 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 
 	name := vethName(p.Container, p.Interface)
 	rec := record{Network: c.Name, Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}}
-	held, err := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path)).take(rec, info.Subnets)
+	store := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
+	store.wait = forVeths(ctx)
+	held, err := store.take(rec, info.Subnets)
 	if err != nil {
 		return nil, err
 	}
@@ -87,6 +90,22 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	}
 	held.release()
 	return r, nil
+}
+
+// forVeths waits for the kernel, which removes the veths of a namespace that has ended some time later, longer where many
+// have ended at once. Nothing tells such a veth from that of a pod that lives, so an ADD to a subnet that is used up is
+// refused only after that time.
+func forVeths(ctx context.Context) func() bool {
+	const interval, longest = 100 * time.Millisecond, 5 * time.Second
+	deadline := time.Now().Add(longest)
+	return func() bool {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(interval):
+			return time.Now().Before(deadline)
+		}
+	}
 }
 
 // create makes the pair of devices. An interface of the pod's or the host's that is in the way is left alone.

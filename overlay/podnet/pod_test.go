@@ -354,47 +354,69 @@ func TestDelIsForAnother(t *testing.T) {
 	}
 }
 
-func TestFiftyPodsAtOnce(t *testing.T) {
-	n := newNode(t, "10.244.3.0/26", "fd00:10:244:3::/122")
-	const pods = 50
-	for round := range 3 {
-		var all sync.WaitGroup
-		var holders sync.Map
-		spaces := make([]*netnstest.NS, pods)
-		for i := range pods {
-			spaces[i] = netnstest.New(t)
-		}
-		for i, pod := range spaces {
-			all.Go(func() {
-				r, err := n.add(fmt.Sprint("c", i), pod.Path())
-				if err != nil {
-					t.Errorf("round %d, pod %d: %v", round, i, err)
-					return
-				}
-				for _, ip := range r.IPs {
-					if other, taken := holders.LoadOrStore(ip.Address.IP.String(), i); taken {
-						t.Errorf("round %d: %s is %d's and %v's", round, ip.Address.IP, i, other)
-					}
-				}
-			})
-		}
-		all.Wait()
-		if got := names(t, filepath.Join(n.runDir, "addrs")); len(got) != 2*pods {
-			t.Errorf("round %d: %d addresses are taken", round, len(got))
-		}
-		for i, pod := range spaces {
-			all.Go(func() {
-				if err := n.del(fmt.Sprint("c", i), pod.Path()); err != nil {
-					t.Errorf("round %d, pod %d: %v", round, i, err)
-				}
-			})
-		}
-		all.Wait()
-		n.wantNothing("DEL of all")
+// TestFiftyPodsComeWhileFiftyGo has as many at once in each of ten rounds.
+func TestFiftyPodsComeWhileFiftyGo(t *testing.T) {
+	t.Parallel()
+	const pods, rounds = 50, 10
+	n := newNode(t, "10.244.3.0/25", "fd00:10:244:3::/121") // for 125
+	var spaces [2][]*netnstest.NS
+	for i := range 2 * pods {
+		spaces[i%2] = append(spaces[i%2], netnstest.New(t))
 	}
+	var holders sync.Map // of addresses, until their DEL begins
+	come := func(round, pod int) {
+		r, err := n.add(fmt.Sprint(round, "-", pod), spaces[round%2][pod].Path())
+		if err != nil {
+			t.Errorf("round %d, ADD of pod %d: %v", round, pod, err)
+			return
+		}
+		for _, ip := range r.IPs {
+			if other, taken := holders.LoadOrStore(ip.Address.IP.String(), fmt.Sprint(round, "-", pod)); taken {
+				t.Errorf("round %d: %s is pod %d's and %v's", round, ip.Address.IP, pod, other)
+			}
+		}
+	}
+	leave := func(round, pod int) {
+		holders.Range(func(a, holder any) bool {
+			if holder == fmt.Sprint(round, "-", pod) {
+				holders.Delete(a)
+			}
+			return true
+		})
+		if err := n.del(fmt.Sprint(round, "-", pod), spaces[round%2][pod].Path()); err != nil {
+			t.Errorf("round %d, DEL of pod %d: %v", round, pod, err)
+		}
+	}
+	for round := range rounds + 1 {
+		var all sync.WaitGroup
+		for pod := range pods {
+			if round < rounds {
+				all.Go(func() { come(round, pod) })
+			}
+			if round > 0 {
+				all.Go(func() { leave(round-1, pod) })
+			}
+		}
+		all.Wait()
+		want := 2 * pods
+		if round == rounds {
+			want = 0
+		}
+		taken := names(t, filepath.Join(n.runDir, "addrs"))
+		for _, a := range taken {
+			if _, ok := holders.Load(a); !ok {
+				t.Errorf("round %d: %s is lost: taken, and nobody's", round, a)
+			}
+		}
+		if len(taken) != want {
+			t.Errorf("round %d: %d addresses are taken, want %d", round, len(taken), want)
+		}
+	}
+	n.wantNothing("DEL of all")
 }
 
 func TestSubnetIsUsedUp(t *testing.T) {
+	t.Parallel() // it waits
 	n := newNode(t, "10.244.3.0/30")
 	pod := netnstest.New(t)
 	n.Run(t, "ip netns add usedup")

@@ -47,6 +47,9 @@ type store struct {
 	alive func(veth string, index int) (bool, error)
 	// call has the delegates take back what they did for a pod that is gone.
 	call caller
+	// wait lets some time pass for the kernel to take away the veths of pods that have just gone, and reports false when
+	// that has been enough. Where it is nil nobody waits.
+	wait func() bool
 }
 
 // litter begins the names of files that are not yet in place.
@@ -225,11 +228,15 @@ func (h *hold) pick(subnet netip.Prefix) (netip.Addr, error) {
 	if err != nil || a.IsValid() {
 		return a, err
 	}
-	_, sweepErr := h.store.sweep()
-	if a, err = h.next(subnet); err != nil || a.IsValid() {
-		return a, err
+	for {
+		_, sweepErr := h.store.sweep()
+		if a, err = h.next(subnet); err != nil || a.IsValid() {
+			return a, err
+		}
+		if h.store.wait == nil || !h.store.wait() {
+			return a, h.store.exhausted(subnet, sweepErr)
+		}
 	}
-	return a, h.store.exhausted(subnet, sweepErr)
 }
 
 // next goes once round the subnet, beginning behind the address that was handed out last. The address is invalid if
@@ -290,7 +297,9 @@ func (s *store) exhausted(subnet netip.Prefix, sweepErr error) error {
 }
 
 // find locks the record of an attachment, waiting for an ADD that is still at work. It is nil where there is none.
-func (s *store) find(container, iface string) (*hold, error) { return s.lookUp(container, iface, unix.LOCK_EX) }
+func (s *store) find(container, iface string) (*hold, error) {
+	return s.lookUp(container, iface, unix.LOCK_EX)
+}
 
 func (s *store) lookUp(container, iface string, how int) (*hold, error) {
 	veth := vethName(container, iface)

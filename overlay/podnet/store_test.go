@@ -152,6 +152,27 @@ func TestFullSubnetHoldsTheDead(t *testing.T) {
 	}
 }
 
+// TestFullSubnetHoldsTheDying has the kernel take its time over a pod that has just gone.
+func TestFullSubnetHoldsTheDying(t *testing.T) {
+	s, l := newStore(t)
+	for i := range 5 {
+		attach(t, s, l, fmt.Sprint("c", i), "10.1.2.0/29")
+	}
+	waits := 0
+	s.wait = func() bool {
+		if waits++; waits == 3 {
+			l.kill(vethName("c3", "eth0"))
+		}
+		return waits < 5
+	}
+	if got := attach(t, s, l, "new", "10.1.2.0/29"); got[0].Addr() != netip.MustParseAddr("10.1.2.5") || waits != 3 {
+		t.Errorf("got %v after waiting %d times", got, waits)
+	}
+	if _, err := s.take(recordOf("newer"), prefixes("10.1.2.0/29")); err == nil || waits != 5 {
+		t.Errorf("with all pods alive: %v after waiting %d times", err, waits)
+	}
+}
+
 func TestSecondFamilyIsUsedUp(t *testing.T) {
 	s, l := newStore(t)
 	attach(t, s, l, "a", "10.1.2.0/24", "fd00::/126")
