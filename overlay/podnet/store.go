@@ -424,8 +424,7 @@ func (s *store) sweepAddr(name string) (freed []netip.Addr, err error) {
 	}
 	if h.Veth == "" {
 		h.release()
-		return nil, fmt.Errorf("%s does not say whose address it is, so it counts as taken; remove the file if no pod "+
-			"on this node has the address", path)
+		return nil, errors.New(unowned(path))
 	}
 	return h.freeIfDead()
 }
