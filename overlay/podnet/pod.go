@@ -202,10 +202,10 @@ func Status(c Config) error {
 	}
 	host, err := dial()
 	if err != nil {
-		return err
+		return nil
 	}
 	defer host.close()
-	if _, err := host.bridge(info); err != nil {
+	if _, err := host.bridge(info); errors.Is(err, errNoBridge) {
 		return fail(types.ErrLimitedConnectivity, "%v", err)
 	}
 	if info.Device == "" {
@@ -218,16 +218,19 @@ func Status(c Config) error {
 	return nil
 }
 
+// errNoBridge is that of a node without its bridge.
+var errNoBridge = errors.New("pods cannot be attached")
+
 // bridge looks up the node's bridge.
 func (h *host) bridge(info NodeInfo) (link, error) {
 	l, err := h.link(info.Bridge)
 	if errors.Is(err, unix.ENODEV) {
-		return l, fmt.Errorf("bridge %s is missing; the tweed daemon makes it: see that it runs, and what it logs",
-			info.Bridge)
+		return l, fmt.Errorf("%w: bridge %s is missing; the tweed daemon makes it: see that it runs, and what it logs",
+			errNoBridge, info.Bridge)
 	}
 	if err == nil && !l.ours("bridge") {
-		err = fmt.Errorf("%s is a %s that tweed has not made (its group is not %d); remove or rename it, and the tweed "+
-			"daemon makes the bridge", info.Bridge, l.kind, backend.Owner)
+		err = fmt.Errorf("%w: %s is a %s that tweed has not made (its group is not %d); remove or rename it, and the tweed "+
+			"daemon makes the bridge", errNoBridge, info.Bridge, l.kind, backend.Owner)
 	}
 	return l, err
 }
@@ -257,17 +260,14 @@ func Check(c Config, p Pod) error {
 	}
 	defer host.close()
 	store := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
-	rec, err := store.read(p)
+	rec, err := store.read(c, p)
 	if err != nil {
 		return err
 	}
-	if mac, ok := rememberedMAC(c.PrevResult, p.Interface); ok {
-		rec.MAC = mac
-	}
-	inPod := end{p.Interface, rec.Addrs, info.Gateways}
+	inPod, mac := c.remembered(end{p.Interface, rec.Addrs, info.Gateways}, rec.MAC)
 	broken := host.broken(rec, info)
 	err = within(ns, func(nl *netlink.Handle) error {
-		broken = append(broken, inPod.broken(nl, rec.MAC)...)
+		broken = append(broken, inPod.broken(nl, mac)...)
 		return nil
 	})
 	if err != nil {
@@ -281,14 +281,13 @@ func Check(c Config, p Pod) error {
 }
 
 // read returns the record of an attachment, and names what is wrong with it.
-func (s *store) read(p Pod) (record, error) {
+func (s *store) read(c Config, p Pod) (record, error) {
 	held, err := s.lookUp(p.Container, p.Interface, unix.LOCK_SH)
 	if err != nil {
 		return record{}, s.trouble(err)
 	}
 	if held == nil {
-		return record{}, fmt.Errorf("pod %s: the address store in %s has no record of interface %s", p.Container, s.runDir,
-			p.Interface)
+		return record{}, s.unrecorded(c, p)
 	}
 	defer held.release()
 	if !held.legible() {
@@ -301,6 +300,17 @@ func (s *store) read(p Pod) (record, error) {
 		}
 	}
 	return held.record, nil
+}
+
+// unrecorded says that there is no record of an attachment. The error has the code of an unknown container where nothing is
+// left of it that a DEL would take away.
+func (s *store) unrecorded(c Config, p Pod) error {
+	text := fmt.Sprintf("pod %s: the address store in %s has no record of interface %s", p.Container, s.runDir, p.Interface)
+	alive, err := s.alive(vethName(p.Container, p.Interface), 0)
+	if err != nil || alive || len(c.delegations()) > 0 {
+		return errors.Join(errors.New(text), err)
+	}
+	return fail(types.ErrUnknownContainer, "%s", text)
 }
 
 // broken names what is wrong with the host's end of a pod's interface.
@@ -316,6 +326,10 @@ func (h *host) broken(rec record, info NodeInfo) (broken []error) {
 	if err != nil {
 		return []error{err}
 	}
+	if end.Index != rec.Index {
+		return []error{fmt.Errorf("%s on the host is not its veth, but another device of that name (%d, not %d)", rec.Veth,
+			end.Index, rec.Index)}
+	}
 	if end.RawFlags&unix.IFF_UP == 0 {
 		broken = append(broken, fmt.Errorf("its veth %s on the host is down", rec.Veth))
 	}
@@ -328,13 +342,36 @@ func (h *host) broken(rec record, info NodeInfo) (broken []error) {
 	return broken
 }
 
-// rememberedMAC finds the MAC that a result gives for an interface in a pod. Its place is the same in all versions.
-func rememberedMAC(result json.RawMessage, iface string) (backend.MAC, bool) {
-	var r struct{ Interfaces []types100.Interface }
-	if json.Unmarshal(result, &r) != nil {
-		return backend.MAC{}, false
+// remembered is what is left of an end and its MAC after what later plugins have changed, as prevResult tells: an address
+// or a default route that is not in it is none that CHECK may miss.
+func (c Config) remembered(e end, mac backend.MAC) (end, backend.MAC) {
+	r, err := readResult(c.CNIVersion, c.PrevResult)
+	if err != nil {
+		return e, mac
 	}
-	i := slices.IndexFunc(r.Interfaces, func(i types100.Interface) bool { return i.Name == iface && i.Sandbox != "" })
+	if set, ok := rememberedMAC(r, e.iface); ok {
+		mac = set
+	}
+	left := end{iface: e.iface}
+	for _, a := range e.addrs {
+		if slices.ContainsFunc(r.IPs, func(ip *types100.IPConfig) bool { return ip.Address.IP.Equal(a.Addr().AsSlice()) }) {
+			left.addrs = append(left.addrs, a)
+		}
+	}
+	for _, gw := range e.gateways {
+		if slices.ContainsFunc(r.Routes, func(r *types.Route) bool {
+			ones, bits := r.Dst.Mask.Size()
+			return ones == 0 && bits == gw.BitLen() && (r.GW == nil || r.GW.Equal(gw.AsSlice()))
+		}) {
+			left.gateways = append(left.gateways, gw)
+		}
+	}
+	return left, mac
+}
+
+// rememberedMAC finds the MAC that a result gives for an interface in a pod.
+func rememberedMAC(r *types100.Result, iface string) (backend.MAC, bool) {
+	i := slices.IndexFunc(r.Interfaces, func(i *types100.Interface) bool { return i.Name == iface && i.Sandbox != "" })
 	if i < 0 {
 		return backend.MAC{}, false
 	}

@@ -520,8 +520,12 @@ func TestAddIsTerminated(t *testing.T) {
 
 // checkAgainst calls CHECK with a result that libcni has not seen.
 func (n *node) checkAgainst(container, netns, result string, env ...string) error {
-	text := fmt.Sprintf(`{"cniVersion": "1.1.0", "name": "tweed", "type": "tweed-cni", "runDir": %q, "prevResult": %s}`,
-		n.runDir, result)
+	var prev struct{ CNIVersion string }
+	if err := json.Unmarshal([]byte(result), &prev); err != nil {
+		n.t.Fatal(err)
+	}
+	text := fmt.Sprintf(`{"cniVersion": %q, "name": "tweed", "type": "tweed-cni", "runDir": %q, "prevResult": %s}`,
+		prev.CNIVersion, n.runDir, result)
 	return n.call("CHECK", text, append(env, "CNI_CONTAINERID="+container, "CNI_NETNS="+netns)...)
 }
 
@@ -549,6 +553,8 @@ func TestCheckFindsWhatIsBroken(t *testing.T) {
 		{"pod", "ip link set eth0 address 0a:58:00:00:00:01", "has MAC 0a:58:00:00:00:01, not 0a:58:0a:f4:03:02"},
 		{"pod", "ip address del 10.244.3.2/24 dev eth0", "interface eth0 lacks address 10.244.3.2/24"},
 		{"pod", "ip address del fd00:10:244:3::3/64 dev eth0", "interface eth0 lacks address fd00:10:244:3::3/64"},
+		{"pod", "ip -6 address change fd00:10:244:3::3/128 dev eth0", ""},
+		{"pod", "ip address replace 10.244.3.2/32 dev eth0", ""}, // beside the one
 		{"pod", "ip route del default", "no default route via 10.244.3.1"},
 		{"pod", "ip -6 route del default", "no default route via fd00:10:244:3::1"},
 		{"node", "ip link set " + veth + " down", veth + " on the host is down"},
@@ -589,6 +595,55 @@ func TestCheckFindsWhatIsBroken(t *testing.T) {
 				t.Errorf("CHECK: %v, want %q", err, tt.want)
 			}
 		})
+	}
+}
+
+func TestCheckOfAPodThatNobodyKnows(t *testing.T) {
+	n := newNode(t, subnet4)
+	pod := netnstest.New(t)
+	n.mustAdd("one", pod)
+	result := `{"cniVersion": "1.1.0"}`
+	err := n.checkAgainst("two", pod.Path(), result)
+	wantCode(t, "CHECK", err, 3, "no record of interface eth0")
+	lose(t, n, "one") // and its veth is there
+	wantCode(t, "CHECK where a DEL is needed", n.checkAgainst("one", pod.Path(), result), 999, "no record")
+}
+
+func TestCheckFindsAnotherVeth(t *testing.T) {
+	n := newNode(t, subnet4)
+	pod := netnstest.New(t)
+	n.mustAdd("one", pod)
+	veth := vethName("one", "eth0")
+	n.Run(t, "ip link del "+veth)
+	n.Run(t, "ip link add "+veth+" group 116 master tweed0 up type veth peer name eth0 netns "+pod.Path())
+	err := n.check("one", pod.Path())
+	if err == nil || !strings.Contains(err.Error(), veth+" on the host is not its veth") {
+		t.Errorf("CHECK: %v", err)
+	}
+}
+
+// TestCheckAfterALaterPluginHasChangedRoutes is of a plugin that says so in the result that the runtime remembers.
+func TestCheckAfterALaterPluginHasChangedRoutes(t *testing.T) {
+	n := newNode(t, subnet4, subnet6)
+	pod := netnstest.New(t)
+	r := n.mustAdd("one", pod)
+	for _, command := range []string{"ip route del default", "ip route add 192.0.2.0/24 via 10.244.3.1",
+		"ip -6 address del fd00:10:244:3::3/64 dev eth0", "ip -6 route flush default"} {
+		pod.Run(t, command)
+	}
+	if err := n.check("one", pod.Path()); err == nil {
+		t.Error("CHECK: no error while the result says otherwise")
+	}
+	r.Routes[0].Dst = *ipNet(netip.MustParsePrefix("192.0.2.0/24"))
+	r.Routes, r.IPs = r.Routes[:1], r.IPs[:1]
+	for _, version := range []string{"1.1.0", "0.4.0"} {
+		text, err := resultIn(version, r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.checkAgainst("one", pod.Path(), string(text)); err != nil {
+			t.Errorf("%s: CHECK: %v", version, err)
+		}
 	}
 }
 
