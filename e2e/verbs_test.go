@@ -94,8 +94,8 @@ func collect(h *cluster.Host, valid []remembered) error {
 // taken are the addresses of a host's pods, as `tweed subnet addresses` in the daemon's pod has them, by container.
 func (k *kube) taken(t *testing.T, host string) map[netip.Addr]string {
 	t.Helper()
-	out := k.Kubectl(t, "--namespace=tweed", "exec", k.daemonPods(t)[host].Name, "--", "tweed", "subnet", "addresses", "-o",
-		"json")
+	out := k.Kubectl(t, "--namespace=tweed", "exec", k.daemonPods(t)[host].Name, "--", "tweed", "subnet", "addresses",
+		"-o", "json")
 	var said struct {
 		Addresses []struct {
 			Address   netip.Addr

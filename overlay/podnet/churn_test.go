@@ -14,9 +14,9 @@ import (
 	"tweed.dev/tweed/backend/kernel/netnstest"
 )
 
-// TestNodeLosesPodsWithoutBeingTold destroys 300 namespaces without a DEL, more than the subnet has addresses, while pods
-// keep being added and others live on. Most go at once, when the last address has been handed out: the kernel takes its
-// time to clean up after them, and the next pod comes meanwhile.
+// TestNodeLosesPodsWithoutBeingTold destroys 300 namespaces without a DEL, more than the subnet has addresses, while
+// pods keep being added and others live on. Most go at once, when the last address has been handed out: the kernel
+// takes its time to clean up after them, and the next pod comes meanwhile.
 func TestNodeLosesPodsWithoutBeingTold(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, subnet4) // for 253 pods
@@ -126,7 +126,8 @@ func sweepAsContainer() int {
 		return 1
 	}
 	seen := map[string]bool{}
-	for _, file := range append(must(filepath.Glob("/proc/[0-9]*/task/*/ns/net")), must(filepath.Glob("/run/netns/*"))...) {
+	named := must(filepath.Glob("/run/netns/*"))
+	for _, file := range append(must(filepath.Glob("/proc/[0-9]*/task/*/ns/net")), named...) {
 		if ns, err := os.Readlink(file); err == nil {
 			seen[ns] = true
 		}

@@ -15,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Collect takes away, as Detach does, what is attached to the network c.Name and not in c.Valid, and frees the addresses
-// of pods that are gone (CNI spec, section 2, "GC"). Plugins are called from the directories of path. An attachment that
-// somebody is at work on when Collect begins is left alone, even if that work ends meanwhile: no list that was made
-// before can know of it. Where there is no list, nothing that is alive is touched. What cannot be taken away keeps
-// nothing else from going, and is in the error. It must be called in the host's network namespace.
+// Collect takes away, as Detach does, what is attached to the network c.Name and not in c.Valid, and frees the
+// addresses of pods that are gone (CNI spec, section 2, "GC"). Plugins are called from the directories of path. An
+// attachment that somebody is at work on when Collect begins is left alone, even if that work ends meanwhile: no list
+// that was made before can know of it. Where there is no list, nothing that is alive is touched. What cannot be taken
+// away keeps nothing else from going, and is in the error. It must be called in the host's network namespace.
 func Collect(c Config, path string) error {
 	valid, err := c.validVeths()
 	if err != nil {
@@ -79,8 +79,8 @@ func (h *host) collect(s *store, network string, valid map[string]bool) error {
 }
 
 // stale locks the records of a network that are not valid. All are locked before any is dealt with, so that those that
-// somebody is at work on now are passed over. alone is set where no record is of another network; then those that cannot
-// be read are stale too.
+// somebody is at work on now are passed over. alone is set where no record is of another network; then those that
+// cannot be read are stale too.
 func (s *store) stale(network string, valid map[string]bool) (stale []*hold, alone bool, err error) {
 	names, err := list(s.podDir())
 	if err != nil {

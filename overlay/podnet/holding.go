@@ -25,8 +25,8 @@ type Holding struct {
 	Problem string `json:"problem,omitempty"`
 }
 
-// Holdings lists the addresses that runDir records, in order. It changes nothing, and must be called in the host's network
-// namespace.
+// Holdings lists the addresses that runDir records, in order. It changes nothing, and must be called in the host's
+// network namespace.
 func Holdings(runDir string) ([]Holding, error) {
 	host, err := dial()
 	if err != nil {

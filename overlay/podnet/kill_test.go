@@ -100,7 +100,8 @@ func (k *killing) destroy(container string) {
 	await(k.t, "the end of "+veth, func() bool { return !strings.Contains(strings.Join(k.ports(), " "), veth+"@") })
 }
 
-// each calls f with 1, 2 and so on, which kills a call of the plugin at that call to the kernel, until it was not killed.
+// each calls f with 1, 2 and so on, which kills a call of the plugin at that call to the kernel, until it was not
+// killed.
 func (k *killing) each(atLeast int, f func(at int, when string) trace) {
 	k.t.Helper()
 	for at := 1; ; at++ {
@@ -167,7 +168,7 @@ func TestAddIsKilledAtEachCall(t *testing.T) {
 			}
 		}
 	}
-	k.each(30, func(at int, when string) trace {
+	k.each(15, func(at int, when string) trace {
 		first()
 		c, netns := k.pod()
 		k.kill("ADD", c, netns, k.input(), at)
@@ -190,7 +191,7 @@ func TestAddIsKilledAtEachCall(t *testing.T) {
 func TestAddToAFullSubnetIsKilledAtEachCall(t *testing.T) {
 	t.Parallel()
 	k := newKilling(t, "full", "10.244.3.0/30") // one pod
-	k.each(30, func(at int, when string) trace {
+	k.each(15, func(at int, when string) trace {
 		c, netns := k.pod()
 		k.mustCall("ADD", c, netns)
 		k.destroy(c)
@@ -217,7 +218,7 @@ func TestDelIsKilledAtEachCall(t *testing.T) {
 	t.Parallel()
 	k := newKilling(t, "del", subnet4, subnet6)
 	k.attach(1)
-	k.each(8, func(at int, when string) trace {
+	k.each(5, func(at int, when string) trace {
 		c, netns := k.pod()
 		k.mustCall("ADD", c, netns)
 		k.kill("DEL", c, netns, k.input(), at)
@@ -238,7 +239,7 @@ func TestGCIsKilledAtEachCall(t *testing.T) {
 	k := newKilling(t, "gc", subnet4, subnet6)
 	k.attach(1)
 	collect := k.gcInput("tweed", valid(t, "gc1"))
-	k.each(16, func(at int, when string) trace {
+	k.each(10, func(at int, when string) trace {
 		var stale []string
 		for range 2 {
 			c, netns := k.pod()

@@ -50,10 +50,10 @@ type NodeInfo struct {
 	MTU int `json:"mtu"`
 }
 
-// Write makes n the node.json of runDir, at once for every reader. A file that says the same already is left alone. Where
-// there is one of another boot, runDir has outlived it (it is not in memory) and holds addresses of pods that are gone,
-// some perhaps in files that the end of that boot has spoilt. All are freed: until there is a node.json of this boot, no
-// pod of this boot has an address.
+// Write makes n the node.json of runDir, at once for every reader. A file that says the same already is left alone.
+// Where there is one of another boot, runDir has outlived it (it is not in memory) and holds addresses of pods that are
+// gone, some perhaps in files that the end of that boot has spoilt. All are freed: until there is a node.json of this
+// boot, no pod of this boot has an address.
 func (n NodeInfo) Write(runDir string) error {
 	n.Version = nodeInfoVersion
 	if n.BootID == "" {

@@ -64,7 +64,9 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	}
 
 	name := vethName(p.Container, p.Interface)
-	rec := record{Network: c.Name, Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}}
+	rec := record{
+		Network: c.Name, Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{},
+	}
 	store := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
 	store.wait = forVeths(ctx)
 	held, err := store.take(rec, info.Subnets)
@@ -92,9 +94,9 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	return r, nil
 }
 
-// forVeths waits for the kernel, which removes the veths of a namespace that has ended some time later, longer where many
-// have ended at once. Nothing tells such a veth from that of a pod that lives, so an ADD to a subnet that is used up is
-// refused only after that time.
+// forVeths waits for the kernel, which removes the veths of a namespace that has ended some time later, longer where
+// many have ended at once. Nothing tells such a veth from that of a pod that lives, so an ADD to a subnet that is used
+// up is refused only after that time.
 func forVeths(ctx context.Context) func() bool {
 	const interval, longest = 100 * time.Millisecond, 5 * time.Second
 	deadline := time.Now().Add(longest)
@@ -302,10 +304,11 @@ func (s *store) read(c Config, p Pod) (record, error) {
 	return held.record, nil
 }
 
-// unrecorded says that there is no record of an attachment. The error has the code of an unknown container where nothing is
-// left of it that a DEL would take away.
+// unrecorded says that there is no record of an attachment. The error has the code of an unknown container where
+// nothing is left of it that a DEL would take away.
 func (s *store) unrecorded(c Config, p Pod) error {
-	text := fmt.Sprintf("pod %s: the address store in %s has no record of interface %s", p.Container, s.runDir, p.Interface)
+	text := fmt.Sprintf("pod %s: the address store in %s has no record of interface %s", p.Container, s.runDir,
+		p.Interface)
 	alive, err := s.alive(vethName(p.Container, p.Interface), 0)
 	if err != nil || alive || len(c.delegations()) > 0 {
 		return errors.Join(errors.New(text), err)
@@ -342,8 +345,8 @@ func (h *host) broken(rec record, info NodeInfo) (broken []error) {
 	return broken
 }
 
-// remembered is what is left of an end and its MAC after what later plugins have changed, as prevResult tells: an address
-// or a default route that is not in it is none that CHECK may miss.
+// remembered is what is left of an end and its MAC after what later plugins have changed, as prevResult tells: an
+// address or a default route that is not in it is none that CHECK may miss.
 func (c Config) remembered(e end, mac backend.MAC) (end, backend.MAC) {
 	r, err := readResult(c.CNIVersion, c.PrevResult)
 	if err != nil {

@@ -105,8 +105,8 @@ func TestPodIsNotWiredAsItsResultSays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := `{"network":"tweed","container":"one","interface":"eth0","veth":"` + veth + `","ifindex":` + ifindex(t, n, veth) +
-		`,"mac":"0a:58:0a:f4:03:02","addresses":["10.244.3.2/24","fd00:10:244:3::3/64"],"delegates":[]}`
+	want := `{"network":"tweed","container":"one","interface":"eth0","veth":"` + veth + `","ifindex":` +
+		ifindex(t, n, veth) + `,"mac":"0a:58:0a:f4:03:02","addresses":["10.244.3.2/24","fd00:10:244:3::3/64"],"delegates":[]}`
 	if strings.TrimSpace(string(text)) != want {
 		t.Errorf("record:\n%s\nwant\n%s", text, want)
 	}

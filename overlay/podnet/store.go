@@ -182,7 +182,7 @@ func (s *store) hold(path string, how int) (*hold, error) {
 		flags = os.O_RDONLY
 	}
 	for {
-		f, err := os.OpenFile(path, flags, 0)
+		f, err := os.OpenFile(path, flags|unix.O_NOFOLLOW, 0)
 		if err != nil {
 			return nil, err
 		}

@@ -278,6 +278,29 @@ func TestFileOfAnAddressIsEmpty(t *testing.T) {
 	}
 }
 
+func TestFileOfAnAddressIsNone(t *testing.T) {
+	s, l := newStore(t)
+	attach(t, s, l, "a", "10.1.2.0/29")
+	for addr, make := range map[string]func(path string) error{
+		"10.1.2.3": func(path string) error { return os.Symlink("/etc/hostname", path) },
+		"10.1.2.4": func(path string) error { return os.Symlink("nowhere", path) },
+		"10.1.2.5": func(path string) error { return os.Mkdir(path, 0o755) },
+	} {
+		if err := make(s.addr(netip.MustParseAddr(addr))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := attach(t, s, l, "b", "10.1.2.0/29"); got[0].Addr() != netip.MustParseAddr("10.1.2.6") {
+		t.Errorf("got %v", got)
+	}
+	_, err := s.take(recordOf("c"), prefixes("10.1.2.0/29"))
+	for _, says := range []string{"10.1.2.3: too many levels", "10.1.2.4: too many levels", "all 5 addresses"} {
+		if err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("with the rest taken: %v, without %q", err, says)
+		}
+	}
+}
+
 func TestRecordCannotBeRead(t *testing.T) {
 	s, l := newStore(t)
 	for _, text := range []string{"", "{", `"x"`, "{}", "\x00\x00\x00"} {
