@@ -98,9 +98,9 @@ func (s *store) stale(network string, valid map[string]bool) (stale []*hold, alo
 			errs = append(errs, ignore(err, fs.ErrNotExist, unix.EWOULDBLOCK))
 			continue
 		}
+		h.nameIs(name)
 		switch {
-		case h.Veth == "":
-			h.Veth = name
+		case !h.legible():
 			illegible = append(illegible, h)
 		case h.Network == network:
 			stale = append(stale, h)

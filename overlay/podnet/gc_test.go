@@ -182,7 +182,9 @@ func TestAddEndsWhileGCIsAtWork(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.usePlugins(slowly.dir, pluginDir(t))
-	n.wishing("stale", netnstest.New(t), slow()).mustAdd()
+	for i := range 5 { // GC comes by some of them before it comes by the pod
+		n.wishing(fmt.Sprint("stale", i), netnstest.New(t), slow()).mustAdd()
+	}
 
 	g, pod := newGate(t), netnstest.New(t)
 	add := n.start(g, pod)

@@ -408,14 +408,21 @@ func (s *store) sweepPod(name string) (freed []netip.Addr, err error) {
 		defer h.release()
 		return nil, os.Remove(s.pod(name))
 	}
-	h.Veth = name // also where the record cannot be read
+	h.nameIs(name)
 	return h.freeIfDead()
+}
+
+// nameIs goes by the name of the file where what is in it cannot be read, or is another's.
+func (h *hold) nameIs(veth string) {
+	if h.Veth != veth {
+		h.record = record{Veth: veth}
+	}
 }
 
 // sweepAddr deals with files that have no name but their address: somebody has removed the other by hand.
 func (s *store) sweepAddr(name string) (freed []netip.Addr, err error) {
 	path := filepath.Join(s.addrDir(), name)
-	if info, err := os.Lstat(path); err != nil || nlink(info) > 1 {
+	if info, err := os.Lstat(path); err != nil || info.Mode().IsRegular() && nlink(info) > 1 {
 		return nil, ignore(err, fs.ErrNotExist)
 	}
 	h, err := s.hold(path, unix.LOCK_EX|unix.LOCK_NB)

@@ -1,6 +1,7 @@
 package podnet
 
 import (
+	"bytes"
 	"fmt"
 	"net/netip"
 	"os"
@@ -294,7 +295,8 @@ func TestFileOfAnAddressIsNone(t *testing.T) {
 		t.Errorf("got %v", got)
 	}
 	_, err := s.take(recordOf("c"), prefixes("10.1.2.0/29"))
-	for _, says := range []string{"10.1.2.3: too many levels", "10.1.2.4: too many levels", "all 5 addresses"} {
+	for _, says := range []string{"10.1.2.3: too many levels", "10.1.2.4: too many levels",
+		"10.1.2.5: is a directory", "all 5 addresses"} {
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("with the rest taken: %v, without %q", err, says)
 		}
@@ -319,6 +321,36 @@ func TestRecordCannotBeRead(t *testing.T) {
 			t.Errorf("%q, pod gone: freed %v, %v", text, freed, err)
 		}
 	}
+}
+
+// FuzzRecordOfALivingPod writes something else into a pod's file. Its addresses stay taken for as long as its veth is
+// there, unless it is well said that the veth was another of that name; and when that is gone they are free.
+func FuzzRecordOfALivingPod(f *testing.F) {
+	veth := vethName("a", "eth0")
+	for _, text := range []string{"", "{", "{}", `"x"`, `{"veth":"` + veth + `"}`, `{"veth":"tweed0123456789","ifindex":3}`,
+		`{"veth":"` + veth + `","ifindex":7,"addresses":["10.1.2.9/24"]}`, `{"veth":"` + veth + `","ifindex":3}`} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		s, l := newStore(t)
+		attach(t, s, l, "a", "10.1.2.0/24", "fd00::/64")
+		attach(t, s, l, "b", "10.1.2.0/24", "fd00::/64")
+		if err := os.WriteFile(s.pod(veth), text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		rec, _ := readRecord(bytes.NewReader(text))
+		other := rec.Veth == veth && rec.Index != 0 && rec.Index != 7
+		if freed, err := s.sweep(); err != nil || len(freed) != 0 && !other {
+			t.Errorf("pod alive: freed %v, %v", freed, err)
+		}
+		l.kill(veth)
+		if _, err := s.sweep(); err != nil {
+			t.Errorf("pod gone: %v", err)
+		}
+		if left := append(names(t, s.addrDir()), names(t, s.podDir())...); len(left) != 3 {
+			t.Errorf("left: %v, want what the other pod has", left)
+		}
+	})
 }
 
 func TestNameOfARecordIsRemovedByHand(t *testing.T) {
