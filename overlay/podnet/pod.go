@@ -63,18 +63,12 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 		return nil, fail(types.ErrTryAgainLater, "%v", err)
 	}
 
-	name := vethName(p.Container, p.Interface)
-	rec := record{
-		Network: c.Name, Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{},
-	}
-	store := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
-	store.wait = forVeths(ctx)
-	held, err := store.take(rec, info.Subnets)
+	held, err := host.take(ctx, c, p, info.Subnets)
 	if err != nil {
 		return nil, err
 	}
 	v := veth{
-		name: name, mac: vethMAC(p.Container, p.Interface), mtu: info.MTU, bridge: bridge.Index,
+		name: held.Veth, mac: vethMAC(p.Container, p.Interface), mtu: info.MTU, bridge: bridge.Index,
 		podName: p.Interface, podMAC: held.MAC, podNS: ns,
 	}
 	if err := host.create(v, held); err != nil {
@@ -92,6 +86,16 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	}
 	held.release()
 	return r, nil
+}
+
+// take gives a pod an address of each subnet, and a record.
+func (h *host) take(ctx context.Context, c Config, p Pod, subnets []netip.Prefix) (*hold, error) {
+	store := h.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
+	store.wait = forVeths(ctx)
+	return store.take(record{
+		Network: c.Name, Container: p.Container, Interface: p.Interface, Veth: vethName(p.Container, p.Interface),
+		Delegates: []json.RawMessage{},
+	}, subnets)
 }
 
 // forVeths waits for the kernel, which removes the veths of a namespace that has ended some time later, longer where

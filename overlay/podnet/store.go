@@ -159,6 +159,7 @@ func (s *store) clear(r record) error {
 	if err != nil {
 		return ignore(err, fs.ErrNotExist)
 	}
+	h.nameIs(r.Veth)
 	alive, err := s.alive(r.Veth, h.Index)
 	if err != nil || alive {
 		h.release()

@@ -2,6 +2,7 @@ package podnet
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -300,6 +301,28 @@ func TestFileOfAnAddressIsNone(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("with the rest taken: %v, without %q", err, says)
 		}
+	}
+}
+
+func TestRecordIsAnothers(t *testing.T) {
+	s, l := newStore(t)
+	attach(t, s, l, "a", "10.1.2.0/24")
+	theirs, err := json.Marshal(record{Container: "b", Interface: "eth0", Veth: vethName("b", "eth0"), Index: 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.pod(vethName("a", "eth0")), theirs, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.take(recordOf("a"), prefixes("10.1.2.0/24")); err == nil || !strings.Contains(err.Error(), "already has") {
+		t.Errorf("a second ADD: %v", err)
+	}
+	if freed, err := s.sweep(); len(freed) != 0 || err != nil {
+		t.Errorf("pod alive: freed %v, %v", freed, err)
+	}
+	l.kill(vethName("a", "eth0"))
+	if freed, err := s.sweep(); len(freed) != 1 || err != nil {
+		t.Errorf("pod gone: freed %v, %v", freed, err)
 	}
 }
 
