@@ -58,6 +58,7 @@ func TestApplyDualStack(t *testing.T) {
 	k.step(t, "NodePortKeepsOrHidesTheCaller", k.nodePort)
 	k.step(t, "HostPortIsReachedFromEverywhere", k.hostPort)
 	k.step(t, "PodTalksToTheAPIServer", k.apiFromPod)
+	k.step(t, "RuntimeAsksForCheckAndGC", k.verbs)
 	k.step(t, "DaemonSetIsRolledUnderTraffic", k.daemonRolled)
 }
 

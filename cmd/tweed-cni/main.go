@@ -87,10 +87,12 @@ func status(args *skel.CmdArgs) error {
 	return podnet.Status(conf)
 }
 
-// gc refuses: to leave the verb out would have the skeleton report success for nothing done.
-func gc(*skel.CmdArgs) error {
-	return types.NewError(types.ErrInvalidEnvironmentVariables, "CNI_COMMAND: tweed-cni does not serve GC",
-		"the tweed daemon frees the addresses of pods that are gone")
+func gc(args *skel.CmdArgs) error {
+	conf, err := podnet.ParseConfig(args.StdinData)
+	if err != nil {
+		return err
+	}
+	return podnet.Collect(conf, args.Path)
 }
 
 func pod(args *skel.CmdArgs) podnet.Pod {

@@ -35,10 +35,10 @@ const configMap = kube.NetConfMap + " in namespace " + kube.NetConfNamespace
 func subnetCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "subnet",
-		Short: "Look at who leases which pod subnet",
+		Short: "Look at who leases which pod subnet, and which pod has which address",
 		Args:  cobra.NoArgs,
 	}
-	cmd.AddCommand(statusCommand())
+	cmd.AddCommand(statusCommand(), addressesCommand())
 	return cmd
 }
 

@@ -38,6 +38,23 @@ func Clear(ctx context.Context, runDir, path string) ([]netip.Addr, error) {
 	return append(freed, more...), err
 }
 
+// forget removes all records of addresses. What further plugins did for the pods has ended with the boot.
+func forget(runDir string) error {
+	s := &store{runDir: runDir}
+	for _, dir := range []string{s.addrDir(), s.podDir()} { // in this order, so that the rest still says whose it is
+		names, err := list(dir)
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if err := os.Remove(filepath.Join(dir, name)); ignore(err, fs.ErrNotExist) != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // Files lists what is in runDir, but for the daemon's lock: what daemon and plugin make there, and the rest.
 func Files(runDir string) (ours, others []string, err error) {
 	entries, err := os.ReadDir(runDir)

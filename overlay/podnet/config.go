@@ -29,6 +29,8 @@ type Config struct {
 	Args json.RawMessage
 	// RuntimeConfig is what the pod asks for, by the capabilities that the configuration declares.
 	RuntimeConfig map[string]json.RawMessage
+	// Valid are the attachments that GC is to leave alone; nil where the runtime does not say.
+	Valid []types.GCAttachment
 
 	// unfit is what is wrong with keys that only Attach and Check mind: a DEL must not fail over them.
 	unfit error
@@ -53,6 +55,7 @@ func ParseConfig(text []byte) (Config, error) {
 		{"prevResult", "an object", &c.PrevResult},
 		{"args", "an object", &c.Args},
 		{"runtimeConfig", "an object", &c.RuntimeConfig},
+		{validKey, "a list of objects with containerID and ifname", &c.Valid},
 	} {
 		if v, ok := keys[f.key]; ok && json.Unmarshal(v, f.to) != nil {
 			return c, fail(types.ErrInvalidNetworkConfig, "network configuration: %s is %s; it must be %s", f.key, v, f.want)
@@ -64,9 +67,15 @@ func ParseConfig(text []byte) (Config, error) {
 				"network configuration: %s is %q; it must be an absolute path", f.key, f.dir)
 		}
 	}
+	if _, ok := keys[validKey]; ok && c.Valid == nil { // null: a list without anything in it
+		c.Valid = []types.GCAttachment{}
+	}
 	c.unfit = unfitKeys(keys)
 	return c, nil
 }
+
+// validKey is where the runtime puts what GC is to leave alone (CNI spec, section 2, "GC").
+const validKey = "cni.dev/valid-attachments"
 
 // unfitKeys names the first key that the plugin does not know or cannot follow.
 func unfitKeys(keys map[string]json.RawMessage) error {

@@ -67,6 +67,11 @@ type delegation struct {
 // firstInterface is what runtimes call a pod's first interface.
 const firstInterface = "eth0"
 
+// delegates reports whether this call's configuration asks for anything that another plugin does.
+func (c Config) delegates() bool {
+	return slices.ContainsFunc(delegates(), func(d delegate) bool { return asks(c.RuntimeConfig[d.Capability]) })
+}
+
 // delegations are what this call's configuration asks for, on a node whose packet filter has that form. The error says
 // what the host lacks for one that is left out.
 func (c Config) delegations(p Pod, form string) (wanted []delegation, err error) {
@@ -191,10 +196,7 @@ func (h *hold) note(d delegation) error {
 		return err
 	}
 	h.Delegates = append(h.Delegates, text)
-	if err := h.save(); err != nil {
-		return fmt.Errorf("writing to the address store: %w", err)
-	}
-	return nil
+	return h.save()
 }
 
 // undelegate has the delegates take back what they did, the last one first.

@@ -149,7 +149,7 @@ func (e *end) broken(h *netlink.Handle, mac backend.MAC) (broken []error) {
 		return append(broken, fmt.Errorf("listing routes: %w", err))
 	}
 	for _, a := range e.addrs {
-		if !slices.ContainsFunc(addrs, func(have netlink.Addr) bool { return have.IP.Equal(a.Addr().AsSlice()) }) {
+		if !slices.ContainsFunc(addrs, func(have netlink.Addr) bool { return have.IPNet.String() == a.String() }) {
 			broken = append(broken, fmt.Errorf("interface %s lacks address %s", e.iface, a))
 		}
 		gw, ok := gatewayOf(a, e.gateways)

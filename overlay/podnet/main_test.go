@@ -22,7 +22,12 @@ import (
 	"tweed.dev/tweed/backend/kernel/netnstest"
 )
 
-func TestMain(m *testing.M) { netnstest.Main(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(sweepVariable) != "" {
+		os.Exit(sweepAsContainer())
+	}
+	netnstest.Main(m)
+}
 
 // upstream is the module of the plugins that are delegated to.
 const upstream = "github.com/containernetworking/plugins/plugins/meta/"

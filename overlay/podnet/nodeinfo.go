@@ -53,6 +53,9 @@ type NodeInfo struct {
 }
 
 // Write makes n the node.json of runDir, at once for every reader. A file that says the same already is left alone.
+// Where there is one of another boot, runDir has outlived it (it is not in memory) and holds addresses of pods that are
+// gone, some perhaps in files that the end of that boot has spoilt. All are freed: until there is a node.json of this
+// boot, no pod of this boot has an address.
 func (n NodeInfo) Write(runDir string) error {
 	n.Version = nodeInfoVersion
 	if n.BootID == "" {
@@ -68,8 +71,15 @@ func (n NodeInfo) Write(runDir string) error {
 	}
 	text = append(text, '\n')
 	path := nodeInfoPath(runDir)
-	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, text) {
+	have, err := os.ReadFile(path)
+	if err == nil && bytes.Equal(have, text) {
 		return nil
+	}
+	var before NodeInfo
+	if json.Unmarshal(have, &before) == nil && before.BootID != "" && before.BootID != n.BootID {
+		if err := forget(runDir); err != nil {
+			return fmt.Errorf("freeing the pod addresses of an earlier boot: %w", err)
+		}
 	}
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
 		return fmt.Errorf("making the run directory: %w", err)

@@ -75,3 +75,40 @@ func TestNodeInfoIsNotToBeUsed(t *testing.T) {
 		t.Errorf("missing: %v", err)
 	}
 }
+
+// TestRunDirectoryOutlivesTheBoot is what a node has whose /run is not in memory, after a loss of power.
+func TestRunDirectoryOutlivesTheBoot(t *testing.T) {
+	s, l := newStore(t)
+	last := nodeInfo()
+	last.BootID = "the last one"
+	if err := last.Write(s.runDir); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []string{"a", "b", "c"} {
+		attach(t, s, l, c, "10.244.3.0/24", "fd00:10:244:3::/64")
+	}
+	if _, _, err := s.create(recordOf("d")); err != nil {
+		t.Fatal(err)
+	}
+	spoilt := s.addr(netip.MustParseAddr("10.244.3.9")) // and its other names are lost
+	if err := errors.Join(os.Truncate(s.pod(vethName("b", "eth0")), 0), os.WriteFile(spoilt, nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+
+	last.MTU = 1400
+	if err := last.Write(s.runDir); err != nil {
+		t.Fatal(err)
+	}
+	if got := append(names(t, s.addrDir()), names(t, s.podDir())...); len(got) != 7+4 {
+		t.Errorf("in the same boot: %v", got)
+	}
+	if err := nodeInfo().Write(s.runDir); err != nil {
+		t.Fatal(err)
+	}
+	if got := append(names(t, s.addrDir()), names(t, s.podDir())...); len(got) != 0 {
+		t.Errorf("in the next boot: %v", got)
+	}
+	if got := attach(t, s, l, "e", "10.244.3.0/24"); got[0].Addr() != netip.MustParseAddr("10.244.3.5") {
+		t.Errorf("the first pod of the next boot gets %v, which another pod may have had a moment ago", got)
+	}
+}

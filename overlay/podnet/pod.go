@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -64,14 +65,12 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 		return nil, wish.macField.refuse(wish.mac.String(), "is the MAC of the node's bridge %s; give another", info.Bridge)
 	}
 
-	name := vethName(p.Container, p.Interface)
-	rec := record{Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}, asked: wish}
-	held, err := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path)).take(rec, info.Subnets)
+	held, err := host.take(ctx, c, p, wish, info.Subnets)
 	if err != nil {
-		return nil, ioFailure(err)
+		return nil, err
 	}
 	v := veth{
-		name: name, mac: vethMAC(p.Container, p.Interface), mtu: info.MTU, bridge: bridge.Index,
+		name: held.Veth, mac: vethMAC(p.Container, p.Interface), mtu: info.MTU, bridge: bridge.Index,
 		podName: p.Interface, podMAC: held.MAC, podNS: ns,
 	}
 	if err := host.create(v, held); err != nil {
@@ -84,7 +83,8 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 		r, err = held.delegate(ctx, wanted, p, result(v, p, inPod, c.DNS))
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("pod %s: %w; it was taken back", p.Container, err), undo(host, held, p.NetNS))
+		err = fmt.Errorf("pod %s: %w; it was taken back", p.Container, err)
+		return nil, errors.Join(err, undo(host, held, p.NetNS))
 	}
 	held.release()
 	return r, nil
@@ -101,6 +101,32 @@ func readyNode(runDir string) (NodeInfo, error) {
 			"node %s has no subnet for pods yet; see what the tweed daemon logs", info.Node)
 	}
 	return info, nil
+}
+
+// take gives a pod an address of each subnet, and a record.
+func (h *host) take(ctx context.Context, c Config, p Pod, wish asked, subnets []netip.Prefix) (*hold, error) {
+	store := h.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
+	store.wait = forVeths(ctx)
+	return store.take(record{
+		Network: c.Name, Container: p.Container, Interface: p.Interface, Veth: vethName(p.Container, p.Interface),
+		Delegates: []json.RawMessage{}, asked: wish,
+	}, subnets)
+}
+
+// forVeths waits for the kernel, which removes the veths of a namespace that has ended some time later, longer where
+// many have ended at once. Nothing tells such a veth from that of a pod that lives, so an ADD to a subnet that is used
+// up is refused only after that time.
+func forVeths(ctx context.Context) func() bool {
+	const interval, longest = 100 * time.Millisecond, 5 * time.Second
+	deadline := time.Now().Add(longest)
+	return func() bool {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(interval):
+			return time.Now().Before(deadline)
+		}
+	}
 }
 
 // create makes the pair of devices. An interface of the pod's or the host's that is in the way is left alone.
@@ -125,7 +151,7 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod *end, bridge,
 	}
 	held.Index = made.Index
 	if err := held.save(); err != nil {
-		return fmt.Errorf("writing to the address store: %w", err)
+		return err
 	}
 	// The host's end goes first: from the moment the pod's end is up, frames pass as they should.
 	if err := h.open(held.Index); err != nil {
@@ -147,7 +173,7 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod *end, bridge,
 	return nil
 }
 
-// undo takes back what an ADD has done so far. While a delegate cannot do its part, or the veth cannot be removed, the
+// undo takes back what an ADD has done. While a delegate cannot do its part, or the veth cannot be removed, the
 // addresses stay taken: what is left of the one would reach whoever has the address next.
 func undo(host *host, held *hold, netns string) error {
 	err := held.undelegate()
@@ -156,8 +182,10 @@ func undo(host *host, held *hold, netns string) error {
 		held.release()
 		return err
 	}
-	_, err = held.free()
-	return err
+	if _, err = held.free(); err != nil {
+		err = fmt.Errorf("freeing the addresses of container %s, interface %s: %w", held.Container, held.Interface, err)
+	}
+	return held.store.trouble(err)
 }
 
 // Detach takes a pod's interface away, with what further plugins did for it, and frees its addresses. What is gone
@@ -171,7 +199,7 @@ func Detach(c Config, p Pod) error {
 	store := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
 	held, err := store.find(p.Container, p.Interface)
 	if err != nil {
-		return fmt.Errorf("reading the address store: %w", err)
+		return store.trouble(err)
 	}
 	if held == nil || !held.legible() {
 		store.undelegateUnrecorded(c, p)
@@ -199,10 +227,10 @@ func Status(c Config) error {
 	}
 	host, err := dial()
 	if err != nil {
-		return err
+		return nil
 	}
 	defer host.close()
-	if _, err := host.bridge(info); err != nil {
+	if _, err := host.bridge(info); errors.Is(err, errNoBridge) {
 		return fail(types.ErrLimitedConnectivity, "%v", err)
 	}
 	if info.Device == "" {
@@ -215,16 +243,19 @@ func Status(c Config) error {
 	return nil
 }
 
+// errNoBridge is that of a node without its bridge.
+var errNoBridge = errors.New("pods cannot be attached")
+
 // bridge looks up the node's bridge.
 func (h *host) bridge(info NodeInfo) (link, error) {
 	l, err := h.link(info.Bridge)
 	if errors.Is(err, unix.ENODEV) {
-		return l, fmt.Errorf("bridge %s is missing; the tweed daemon makes it: see that it runs, and what it logs",
-			info.Bridge)
+		return l, fmt.Errorf("%w: bridge %s is missing; the tweed daemon makes it: see that it runs, and what it logs",
+			errNoBridge, info.Bridge)
 	}
 	if err == nil && !l.ours("bridge") {
-		err = fmt.Errorf("%s is a %s that tweed has not made (its group is not %d); remove or rename it, and the tweed "+
-			"daemon makes the bridge", info.Bridge, l.kind, backend.Owner)
+		err = fmt.Errorf("%w: %s is a %s that tweed has not made (its group is not %d); remove or rename it, and the tweed "+
+			"daemon makes the bridge", errNoBridge, info.Bridge, l.kind, backend.Owner)
 	}
 	return l, err
 }
@@ -254,17 +285,14 @@ func Check(c Config, p Pod) error {
 	}
 	defer host.close()
 	store := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path))
-	rec, err := store.read(p)
+	rec, err := store.read(c, p)
 	if err != nil {
 		return err
 	}
-	if mac, ok := rememberedMAC(c.PrevResult, p.Interface); ok {
-		rec.MAC = mac
-	}
-	inPod := &end{iface: p.Interface, addrs: rec.Addrs, gateways: info.Gateways, apart: rec.Apart}
+	inPod, mac := c.remembered(&end{iface: p.Interface, addrs: rec.Addrs, gateways: info.Gateways, apart: rec.Apart}, rec.MAC)
 	broken := host.broken(rec, info)
 	err = within(ns, func(nl *netlink.Handle) error {
-		broken = append(broken, inPod.broken(nl, rec.MAC)...)
+		broken = append(broken, inPod.broken(nl, mac)...)
 		return nil
 	})
 	if err != nil {
@@ -278,14 +306,13 @@ func Check(c Config, p Pod) error {
 }
 
 // read returns the record of an attachment, and names what is wrong with it.
-func (s *store) read(p Pod) (record, error) {
-	held, err := s.find(p.Container, p.Interface)
+func (s *store) read(c Config, p Pod) (record, error) {
+	held, err := s.lookUp(p.Container, p.Interface, unix.LOCK_SH)
 	if err != nil {
-		return record{}, fmt.Errorf("reading the address store: %w", err)
+		return record{}, s.trouble(err)
 	}
 	if held == nil {
-		return record{}, fmt.Errorf("pod %s: the address store in %s has no record of interface %s", p.Container, s.runDir,
-			p.Interface)
+		return record{}, s.unrecorded(c, p)
 	}
 	defer held.release()
 	if !held.legible() {
@@ -298,6 +325,18 @@ func (s *store) read(p Pod) (record, error) {
 		}
 	}
 	return held.record, nil
+}
+
+// unrecorded says that there is no record of an attachment. The error has the code of an unknown container where
+// nothing is left of it that a DEL would take away.
+func (s *store) unrecorded(c Config, p Pod) error {
+	text := fmt.Sprintf("pod %s: the address store in %s has no record of interface %s", p.Container, s.runDir,
+		p.Interface)
+	alive, err := s.alive(vethName(p.Container, p.Interface), 0)
+	if err != nil || alive || c.delegates() {
+		return errors.Join(errors.New(text), err)
+	}
+	return fail(types.ErrUnknownContainer, "%s", text)
 }
 
 // broken names what is wrong with the host's end of a pod's interface.
@@ -313,6 +352,10 @@ func (h *host) broken(rec record, info NodeInfo) (broken []error) {
 	if err != nil {
 		return []error{err}
 	}
+	if end.Index != rec.Index {
+		return []error{fmt.Errorf("%s on the host is not its veth, but another device of that name (%d, not %d)", rec.Veth,
+			end.Index, rec.Index)}
+	}
 	if end.RawFlags&unix.IFF_UP == 0 {
 		broken = append(broken, fmt.Errorf("its veth %s on the host is down", rec.Veth))
 	}
@@ -325,13 +368,37 @@ func (h *host) broken(rec record, info NodeInfo) (broken []error) {
 	return broken
 }
 
-// rememberedMAC finds the MAC that a result gives for an interface in a pod. Its place is the same in all versions.
-func rememberedMAC(result json.RawMessage, iface string) (backend.MAC, bool) {
-	var r struct{ Interfaces []types100.Interface }
-	if json.Unmarshal(result, &r) != nil {
-		return backend.MAC{}, false
+// remembered is what is left of an end and its MAC after what later plugins have changed, as prevResult tells: an
+// address or a default route that is not in it is none that CHECK may miss.
+func (c Config) remembered(e *end, mac backend.MAC) (*end, backend.MAC) {
+	r, err := readResult(c.CNIVersion, c.PrevResult)
+	if err != nil {
+		return e, mac
 	}
-	i := slices.IndexFunc(r.Interfaces, func(i types100.Interface) bool { return i.Name == iface && i.Sandbox != "" })
+	if set, ok := rememberedMAC(r, e.iface); ok {
+		mac = set
+	}
+	left := &end{iface: e.iface, apart: e.apart}
+	for _, a := range e.addrs {
+		if slices.ContainsFunc(r.IPs, func(ip *types100.IPConfig) bool { return ip.Address.IP.Equal(a.Addr().AsSlice()) }) {
+			left.addrs = append(left.addrs, a)
+		}
+	}
+	for _, gw := range e.gateways {
+		same := func(a netip.Prefix) bool { return a.Addr().Is4() == gw.Is4() }
+		if slices.ContainsFunc(e.apart, same) || slices.ContainsFunc(r.Routes, func(r *types.Route) bool {
+			ones, bits := r.Dst.Mask.Size()
+			return ones == 0 && bits == gw.BitLen() && (r.GW == nil || r.GW.Equal(gw.AsSlice()))
+		}) {
+			left.gateways = append(left.gateways, gw)
+		}
+	}
+	return left, mac
+}
+
+// rememberedMAC finds the MAC that a result gives for an interface in a pod.
+func rememberedMAC(r *types100.Result, iface string) (backend.MAC, bool) {
+	i := slices.IndexFunc(r.Interfaces, func(i *types100.Interface) bool { return i.Name == iface && i.Sandbox != "" })
 	if i < 0 {
 		return backend.MAC{}, false
 	}

@@ -105,8 +105,8 @@ func TestPodIsNotWiredAsItsResultSays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := `{"container":"one","interface":"eth0","veth":"` + veth + `","ifindex":` + ifindex(t, n, veth) +
-		`,"mac":"0a:58:0a:f4:03:02","addresses":["10.244.3.2/24","fd00:10:244:3::3/64"],"delegates":[]}`
+	want := `{"network":"tweed","container":"one","interface":"eth0","veth":"` + veth + `","ifindex":` +
+		ifindex(t, n, veth) + `,"mac":"0a:58:0a:f4:03:02","addresses":["10.244.3.2/24","fd00:10:244:3::3/64"],"delegates":[]}`
 	if strings.TrimSpace(string(text)) != want {
 		t.Errorf("record:\n%s\nwant\n%s", text, want)
 	}
@@ -348,47 +348,69 @@ func TestDelIsForAnother(t *testing.T) {
 	}
 }
 
-func TestFiftyPodsAtOnce(t *testing.T) {
-	n := newNode(t, "10.244.3.0/26", "fd00:10:244:3::/122")
-	const pods = 50
-	for round := range 3 {
-		var all sync.WaitGroup
-		var holders sync.Map
-		spaces := make([]*netnstest.NS, pods)
-		for i := range pods {
-			spaces[i] = netnstest.New(t)
-		}
-		for i, pod := range spaces {
-			all.Go(func() {
-				r, err := n.add(fmt.Sprint("c", i), pod.Path())
-				if err != nil {
-					t.Errorf("round %d, pod %d: %v", round, i, err)
-					return
-				}
-				for _, ip := range r.IPs {
-					if other, taken := holders.LoadOrStore(ip.Address.IP.String(), i); taken {
-						t.Errorf("round %d: %s is %d's and %v's", round, ip.Address.IP, i, other)
-					}
-				}
-			})
-		}
-		all.Wait()
-		if got := names(t, filepath.Join(n.runDir, "addrs")); len(got) != 2*pods {
-			t.Errorf("round %d: %d addresses are taken", round, len(got))
-		}
-		for i, pod := range spaces {
-			all.Go(func() {
-				if err := n.del(fmt.Sprint("c", i), pod.Path()); err != nil {
-					t.Errorf("round %d, pod %d: %v", round, i, err)
-				}
-			})
-		}
-		all.Wait()
-		n.wantNothing("DEL of all")
+// TestFiftyPodsComeWhileFiftyGo has as many at once in each of ten rounds.
+func TestFiftyPodsComeWhileFiftyGo(t *testing.T) {
+	t.Parallel()
+	const pods, rounds = 50, 10
+	n := newNode(t, "10.244.3.0/25", "fd00:10:244:3::/121") // for 125
+	var spaces [2][]*netnstest.NS
+	for i := range 2 * pods {
+		spaces[i%2] = append(spaces[i%2], netnstest.New(t))
 	}
+	var holders sync.Map // of addresses, until their DEL begins
+	come := func(round, pod int) {
+		r, err := n.add(fmt.Sprint(round, "-", pod), spaces[round%2][pod].Path())
+		if err != nil {
+			t.Errorf("round %d, ADD of pod %d: %v", round, pod, err)
+			return
+		}
+		for _, ip := range r.IPs {
+			if other, taken := holders.LoadOrStore(ip.Address.IP.String(), fmt.Sprint(round, "-", pod)); taken {
+				t.Errorf("round %d: %s is pod %d's and %v's", round, ip.Address.IP, pod, other)
+			}
+		}
+	}
+	leave := func(round, pod int) {
+		holders.Range(func(a, holder any) bool {
+			if holder == fmt.Sprint(round, "-", pod) {
+				holders.Delete(a)
+			}
+			return true
+		})
+		if err := n.del(fmt.Sprint(round, "-", pod), spaces[round%2][pod].Path()); err != nil {
+			t.Errorf("round %d, DEL of pod %d: %v", round, pod, err)
+		}
+	}
+	for round := range rounds + 1 {
+		var all sync.WaitGroup
+		for pod := range pods {
+			if round < rounds {
+				all.Go(func() { come(round, pod) })
+			}
+			if round > 0 {
+				all.Go(func() { leave(round-1, pod) })
+			}
+		}
+		all.Wait()
+		want := 2 * pods
+		if round == rounds {
+			want = 0
+		}
+		taken := names(t, filepath.Join(n.runDir, "addrs"))
+		for _, a := range taken {
+			if _, ok := holders.Load(a); !ok {
+				t.Errorf("round %d: %s is lost: taken, and nobody's", round, a)
+			}
+		}
+		if len(taken) != want {
+			t.Errorf("round %d: %d addresses are taken, want %d", round, len(taken), want)
+		}
+	}
+	n.wantNothing("DEL of all")
 }
 
 func TestSubnetIsUsedUp(t *testing.T) {
+	t.Parallel() // it waits
 	n := newNode(t, "10.244.3.0/30")
 	pod := netnstest.New(t)
 	n.Run(t, "ip netns add usedup")
@@ -491,10 +513,14 @@ func TestAddIsTerminated(t *testing.T) {
 }
 
 // checkAgainst calls CHECK with a result that libcni has not seen.
-func (n *node) checkAgainst(container, netns, result string) error {
-	text := fmt.Sprintf(`{"cniVersion": "1.1.0", "name": "tweed", "type": "tweed-cni", "runDir": %q, "prevResult": %s}`,
-		n.runDir, result)
-	return n.call("CHECK", text, "CNI_CONTAINERID="+container, "CNI_NETNS="+netns)
+func (n *node) checkAgainst(container, netns, result string, env ...string) error {
+	var prev struct{ CNIVersion string }
+	if err := json.Unmarshal([]byte(result), &prev); err != nil {
+		n.t.Fatal(err)
+	}
+	text := fmt.Sprintf(`{"cniVersion": %q, "name": "tweed", "type": "tweed-cni", "runDir": %q, "prevResult": %s}`,
+		prev.CNIVersion, n.runDir, result)
+	return n.call("CHECK", text, append(env, "CNI_CONTAINERID="+container, "CNI_NETNS="+netns)...)
 }
 
 func TestAddIsInterruptedBetweenSteps(t *testing.T) {
@@ -521,6 +547,8 @@ func TestCheckFindsWhatIsBroken(t *testing.T) {
 		{"pod", "ip link set eth0 address 0a:58:00:00:00:01", "has MAC 0a:58:00:00:00:01, not 0a:58:0a:f4:03:02"},
 		{"pod", "ip address del 10.244.3.2/24 dev eth0", "interface eth0 lacks address 10.244.3.2/24"},
 		{"pod", "ip address del fd00:10:244:3::3/64 dev eth0", "interface eth0 lacks address fd00:10:244:3::3/64"},
+		{"pod", "ip -6 address change fd00:10:244:3::3/128 dev eth0", ""},
+		{"pod", "ip address replace 10.244.3.2/32 dev eth0", ""}, // beside the one
 		{"pod", "ip route del default", "no default route via 10.244.3.1"},
 		{"pod", "ip -6 route del default", "no default route via fd00:10:244:3::1"},
 		{"node", "ip link set " + veth + " down", veth + " on the host is down"},
@@ -561,6 +589,55 @@ func TestCheckFindsWhatIsBroken(t *testing.T) {
 				t.Errorf("CHECK: %v, want %q", err, tt.want)
 			}
 		})
+	}
+}
+
+func TestCheckOfAPodThatNobodyKnows(t *testing.T) {
+	n := newNode(t, subnet4)
+	pod := netnstest.New(t)
+	n.mustAdd("one", pod)
+	result := `{"cniVersion": "1.1.0"}`
+	err := n.checkAgainst("two", pod.Path(), result)
+	wantCode(t, "CHECK", err, 3, "no record of interface eth0")
+	lose(t, n, "one") // and its veth is there
+	wantCode(t, "CHECK where a DEL is needed", n.checkAgainst("one", pod.Path(), result), 999, "no record")
+}
+
+func TestCheckFindsAnotherVeth(t *testing.T) {
+	n := newNode(t, subnet4)
+	pod := netnstest.New(t)
+	n.mustAdd("one", pod)
+	veth := vethName("one", "eth0")
+	n.Run(t, "ip link del "+veth)
+	n.Run(t, "ip link add "+veth+" group 116 master tweed0 up type veth peer name eth0 netns "+pod.Path())
+	err := n.check("one", pod.Path())
+	if err == nil || !strings.Contains(err.Error(), veth+" on the host is not its veth") {
+		t.Errorf("CHECK: %v", err)
+	}
+}
+
+// TestCheckAfterALaterPluginHasChangedRoutes is of a plugin that says so in the result that the runtime remembers.
+func TestCheckAfterALaterPluginHasChangedRoutes(t *testing.T) {
+	n := newNode(t, subnet4, subnet6)
+	pod := netnstest.New(t)
+	r := n.mustAdd("one", pod)
+	for _, command := range []string{"ip route del default", "ip route add 192.0.2.0/24 via 10.244.3.1",
+		"ip -6 address del fd00:10:244:3::3/64 dev eth0", "ip -6 route flush default"} {
+		pod.Run(t, command)
+	}
+	if err := n.check("one", pod.Path()); err == nil {
+		t.Error("CHECK: no error while the result says otherwise")
+	}
+	r.Routes[0].Dst = *ipNet(netip.MustParsePrefix("192.0.2.0/24"))
+	r.Routes, r.IPs = r.Routes[:1], r.IPs[:1]
+	for _, version := range []string{"1.1.0", "0.4.0"} {
+		text, err := resultIn(version, r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.checkAgainst("one", pod.Path(), string(text)); err != nil {
+			t.Errorf("%s: CHECK: %v", version, err)
+		}
 	}
 }
 
@@ -672,7 +749,6 @@ func TestEnvironmentIsWrong(t *testing.T) {
 	} {
 		wantCode(t, env, n.call("ADD", good, env), 4, says)
 	}
-	wantCode(t, "GC", n.call("GC", good), 4, "does not serve GC")
 	n.wantNothing("bad environments")
 }
 

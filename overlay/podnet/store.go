@@ -23,6 +23,7 @@ import (
 // A record is what the store keeps of one pod interface. It is one file with several names: <run directory>/pods/<veth>
 // is the first that it gets and the last that it loses, <run directory>/addrs/<address> one for each of its addresses.
 type record struct {
+	Network   string `json:"network"`   // the name of its configuration; "" in files of older plugins
 	Container string `json:"container"` // CNI_CONTAINERID
 	Interface string `json:"interface"` // CNI_IFNAME
 	Veth      string `json:"veth"`      // the host's end; vethName of the two above
@@ -51,6 +52,9 @@ type store struct {
 	alive func(veth string, index int) (bool, error)
 	// call has the delegates take back what they did for a pod that is gone.
 	call caller
+	// wait lets some time pass for the kernel to take away the veths of pods that have just gone, and reports false when
+	// that has been enough. Where it is nil nobody waits.
+	wait func() bool
 }
 
 // litter begins the names of files that are not yet in place.
@@ -71,6 +75,24 @@ func (s *store) last(p netip.Prefix) string {
 	return filepath.Join(s.runDir, fmt.Sprintf("last-%d", p.Addr().BitLen()))
 }
 
+// trouble gives an error of the store's file system the CNI code of a failed input or output, and says what to do.
+func (s *store) trouble(err error) error {
+	var path *fs.PathError
+	var link *os.LinkError
+	var coded *types.Error
+	if errors.As(err, &coded) || !errors.As(err, &path) && !errors.As(err, &link) {
+		return err
+	}
+	hint := ""
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		hint = "; make room on the file system of " + s.runDir
+	case errors.Is(err, unix.EROFS):
+		hint = "; have the file system of " + s.runDir + " mounted for writing"
+	}
+	return fail(types.ErrIOFailure, "the address store: %v%s", err, hint)
+}
+
 // take gives r an address of each subnet, and a MAC: those that are asked for, or free ones. The hold is the caller's
 // to release, or to free if what follows fails.
 func (s *store) take(r record, subnets []netip.Prefix) (*hold, error) {
@@ -80,16 +102,16 @@ func (s *store) take(r record, subnets []netip.Prefix) (*hold, error) {
 	}
 	for _, dir := range []string{s.podDir(), s.addrDir()} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, fmt.Errorf("making the address store: %w", err)
+			return nil, s.trouble(err)
 		}
 	}
 	h, err := s.claim(r)
 	if err != nil {
-		return nil, err
+		return nil, s.trouble(err)
 	}
 	if err := h.fill(subnets, ips); err != nil {
 		_, freeErr := h.free()
-		return nil, errors.Join(err, freeErr)
+		return nil, s.trouble(errors.Join(err, freeErr))
 	}
 	return h, nil
 }
@@ -124,7 +146,7 @@ func (s *store) claim(r record) (*hold, error) {
 	for {
 		h, tmp, err := s.create(r)
 		if err != nil {
-			return nil, fmt.Errorf("writing to the address store: %w", err)
+			return nil, err
 		}
 		err = os.Link(tmp, s.pod(r.Veth))
 		os.Remove(tmp)
@@ -163,6 +185,7 @@ func (s *store) clear(r record) error {
 	if err != nil {
 		return ignore(err, fs.ErrNotExist)
 	}
+	h.nameIs(r.Veth)
 	alive, err := s.alive(r.Veth, h.Index)
 	if err != nil || alive {
 		h.release()
@@ -181,8 +204,12 @@ func (s *store) clear(r record) error {
 // hold opens and locks a file of the store. The error is fs.ErrNotExist where there is none, EWOULDBLOCK where how has
 // LOCK_NB and somebody is at work on it. A file that cannot be read as a record gives an empty one.
 func (s *store) hold(path string, how int) (*hold, error) {
+	flags := os.O_RDWR // also to free it, which is then not begun where it cannot be done: on a read-only file system
+	if how&unix.LOCK_SH != 0 {
+		flags = os.O_RDONLY
+	}
 	for {
-		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		f, err := os.OpenFile(path, flags|unix.O_NOFOLLOW, 0)
 		if err != nil {
 			return nil, err
 		}
@@ -219,7 +246,7 @@ func (h *hold) save() error {
 		return err
 	}
 	_, err = h.file.WriteAt(append(text, '\n'), 0)
-	return err
+	return h.store.trouble(err)
 }
 
 // pick links the file to the next free address of a subnet.
@@ -228,11 +255,15 @@ func (h *hold) pick(subnet netip.Prefix) (netip.Addr, error) {
 	if err != nil || a.IsValid() {
 		return a, err
 	}
-	_, sweepErr := h.store.sweep()
-	if a, err = h.next(subnet); err != nil || a.IsValid() {
-		return a, err
+	for {
+		_, sweepErr := h.store.sweep()
+		if a, err = h.next(subnet); err != nil || a.IsValid() {
+			return a, err
+		}
+		if h.store.wait == nil || !h.store.wait() {
+			return a, h.store.exhausted(subnet, sweepErr)
+		}
 	}
-	return a, h.store.exhausted(subnet, sweepErr)
 }
 
 // next goes once round the subnet, beginning behind the address that was handed out last. The address is invalid if
@@ -251,7 +282,7 @@ func (h *hold) next(subnet netip.Prefix) (netip.Addr, error) {
 			return a, h.store.remember(subnet, a)
 		}
 		if !errors.Is(err, fs.ErrExist) {
-			return netip.Addr{}, fmt.Errorf("taking an address: %w", err)
+			return netip.Addr{}, err
 		}
 		if a = a.Next(); last.Less(a) {
 			a = first
@@ -294,8 +325,12 @@ func (s *store) exhausted(subnet netip.Prefix, sweepErr error) error {
 
 // find locks the record of an attachment, waiting for an ADD that is still at work. It is nil where there is none.
 func (s *store) find(container, iface string) (*hold, error) {
+	return s.lookUp(container, iface, unix.LOCK_EX)
+}
+
+func (s *store) lookUp(container, iface string, how int) (*hold, error) {
 	veth := vethName(container, iface)
-	h, err := s.hold(s.pod(veth), unix.LOCK_EX)
+	h, err := s.hold(s.pod(veth), how)
 	if err != nil {
 		return nil, ignore(err, fs.ErrNotExist)
 	}
@@ -400,14 +435,21 @@ func (s *store) sweepPod(name string) (freed []netip.Addr, err error) {
 		defer h.release()
 		return nil, os.Remove(s.pod(name))
 	}
-	h.Veth = name // also where the record cannot be read
+	h.nameIs(name)
 	return h.freeIfDead()
+}
+
+// nameIs goes by the name of the file where what is in it cannot be read, or is another's.
+func (h *hold) nameIs(veth string) {
+	if h.Veth != veth {
+		h.record = record{Veth: veth}
+	}
 }
 
 // sweepAddr deals with files that have no name but their address: somebody has removed the other by hand.
 func (s *store) sweepAddr(name string) (freed []netip.Addr, err error) {
 	path := filepath.Join(s.addrDir(), name)
-	if info, err := os.Lstat(path); err != nil || nlink(info) > 1 {
+	if info, err := os.Lstat(path); err != nil || info.Mode().IsRegular() && nlink(info) > 1 {
 		return nil, ignore(err, fs.ErrNotExist)
 	}
 	h, err := s.hold(path, unix.LOCK_EX|unix.LOCK_NB)
@@ -416,8 +458,7 @@ func (s *store) sweepAddr(name string) (freed []netip.Addr, err error) {
 	}
 	if h.Veth == "" {
 		h.release()
-		return nil, fmt.Errorf("%s does not say whose address it is, so it counts as taken; remove the file if no pod "+
-			"on this node has the address", path)
+		return nil, errors.New(unowned(path))
 	}
 	return h.freeIfDead()
 }

@@ -1,6 +1,8 @@
 package podnet
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -152,6 +154,27 @@ func TestFullSubnetHoldsTheDead(t *testing.T) {
 	}
 }
 
+// TestFullSubnetHoldsTheDying has the kernel take its time over a pod that has just gone.
+func TestFullSubnetHoldsTheDying(t *testing.T) {
+	s, l := newStore(t)
+	for i := range 5 {
+		attach(t, s, l, fmt.Sprint("c", i), "10.1.2.0/29")
+	}
+	waits := 0
+	s.wait = func() bool {
+		if waits++; waits == 3 {
+			l.kill(vethName("c3", "eth0"))
+		}
+		return waits < 5
+	}
+	if got := attach(t, s, l, "new", "10.1.2.0/29"); got[0].Addr() != netip.MustParseAddr("10.1.2.5") || waits != 3 {
+		t.Errorf("got %v after waiting %d times", got, waits)
+	}
+	if _, err := s.take(recordOf("newer"), prefixes("10.1.2.0/29")); err == nil || waits != 5 {
+		t.Errorf("with all pods alive: %v after waiting %d times", err, waits)
+	}
+}
+
 func TestSecondFamilyIsUsedUp(t *testing.T) {
 	s, l := newStore(t)
 	attach(t, s, l, "a", "10.1.2.0/24", "fd00::/126")
@@ -257,6 +280,52 @@ func TestFileOfAnAddressIsEmpty(t *testing.T) {
 	}
 }
 
+func TestFileOfAnAddressIsNone(t *testing.T) {
+	s, l := newStore(t)
+	attach(t, s, l, "a", "10.1.2.0/29")
+	for addr, make := range map[string]func(path string) error{
+		"10.1.2.3": func(path string) error { return os.Symlink("/etc/hostname", path) },
+		"10.1.2.4": func(path string) error { return os.Symlink("nowhere", path) },
+		"10.1.2.5": func(path string) error { return os.Mkdir(path, 0o755) },
+	} {
+		if err := make(s.addr(netip.MustParseAddr(addr))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := attach(t, s, l, "b", "10.1.2.0/29"); got[0].Addr() != netip.MustParseAddr("10.1.2.6") {
+		t.Errorf("got %v", got)
+	}
+	_, err := s.take(recordOf("c"), prefixes("10.1.2.0/29"))
+	for _, says := range []string{"10.1.2.3: too many levels", "10.1.2.4: too many levels",
+		"10.1.2.5: is a directory", "all 5 addresses"} {
+		if err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("with the rest taken: %v, without %q", err, says)
+		}
+	}
+}
+
+func TestRecordIsAnothers(t *testing.T) {
+	s, l := newStore(t)
+	attach(t, s, l, "a", "10.1.2.0/24")
+	theirs, err := json.Marshal(record{Container: "b", Interface: "eth0", Veth: vethName("b", "eth0"), Index: 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.pod(vethName("a", "eth0")), theirs, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.take(recordOf("a"), prefixes("10.1.2.0/24")); err == nil || !strings.Contains(err.Error(), "already has") {
+		t.Errorf("a second ADD: %v", err)
+	}
+	if freed, err := s.sweep(); len(freed) != 0 || err != nil {
+		t.Errorf("pod alive: freed %v, %v", freed, err)
+	}
+	l.kill(vethName("a", "eth0"))
+	if freed, err := s.sweep(); len(freed) != 1 || err != nil {
+		t.Errorf("pod gone: freed %v, %v", freed, err)
+	}
+}
+
 func TestRecordCannotBeRead(t *testing.T) {
 	s, l := newStore(t)
 	for _, text := range []string{"", "{", `"x"`, "{}", "\x00\x00\x00"} {
@@ -275,6 +344,36 @@ func TestRecordCannotBeRead(t *testing.T) {
 			t.Errorf("%q, pod gone: freed %v, %v", text, freed, err)
 		}
 	}
+}
+
+// FuzzRecordOfALivingPod writes something else into a pod's file. Its addresses stay taken for as long as its veth is
+// there, unless it is well said that the veth was another of that name; and when that is gone they are free.
+func FuzzRecordOfALivingPod(f *testing.F) {
+	veth := vethName("a", "eth0")
+	for _, text := range []string{"", "{", "{}", `"x"`, `{"veth":"` + veth + `"}`, `{"veth":"tweed0123456789","ifindex":3}`,
+		`{"veth":"` + veth + `","ifindex":7,"addresses":["10.1.2.9/24"]}`, `{"veth":"` + veth + `","ifindex":3}`} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		s, l := newStore(t)
+		attach(t, s, l, "a", "10.1.2.0/24", "fd00::/64")
+		attach(t, s, l, "b", "10.1.2.0/24", "fd00::/64")
+		if err := os.WriteFile(s.pod(veth), text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		rec, _ := readRecord(bytes.NewReader(text))
+		other := rec.Veth == veth && rec.Index != 0 && rec.Index != 7
+		if freed, err := s.sweep(); err != nil || len(freed) != 0 && !other {
+			t.Errorf("pod alive: freed %v, %v", freed, err)
+		}
+		l.kill(veth)
+		if _, err := s.sweep(); err != nil {
+			t.Errorf("pod gone: %v", err)
+		}
+		if left := append(names(t, s.addrDir()), names(t, s.podDir())...); len(left) != 3 {
+			t.Errorf("left: %v, want what the other pod has", left)
+		}
+	})
 }
 
 func TestNameOfARecordIsRemovedByHand(t *testing.T) {

@@ -197,11 +197,17 @@ func (h *host) remove(name string, index int) error {
 	return nil
 }
 
+// A veth is called by a prefix and as many bytes of a sum, in hex digits.
+const (
+	vethPrefix = "tweed"
+	vethBytes  = 5
+)
+
 // vethName is the name of the host's end of a pod's interface. It follows from what the runtime calls the attachment,
 // so DEL finds it also where the record is lost.
 func vethName(container, iface string) string {
 	sum := attachmentSum(container, iface)
-	return "tweed" + hex.EncodeToString(sum[:5])
+	return vethPrefix + hex.EncodeToString(sum[:vethBytes])
 }
 
 // vethMAC is the MAC of the host's end. It is set at creation, or udev would set another one a moment later.
