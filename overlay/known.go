@@ -130,7 +130,7 @@ func (d *desired) len() int { return d.state.Len() + d.filter.Len() }
 func changed(before, after []subnet.Lease, self string) (gone, come []subnet.Lease, ok bool) {
 	nodes := 0
 	for len(before)+len(after) > 0 {
-		name := ""
+		var name string
 		switch {
 		case len(before) == 0:
 			name = after[0].Node

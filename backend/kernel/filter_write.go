@@ -132,6 +132,7 @@ type block struct {
 // compose writes operations down for iptables-restore. Those that have an error are left out.
 func (l lines) compose(ops []backend.Op, errs []error) (blocks []block, text string) {
 	line := 0
+	var all strings.Builder
 	for end := 0; end < len(ops); {
 		b := block{first: end}
 		c, _ := chainOf(ops[end].What)
@@ -144,13 +145,13 @@ func (l lines) compose(ops []backend.Op, errs []error) (blocks []block, text str
 			}
 		}
 		if len(words) > 0 { // an empty block would make the table
-			text += "*" + c.Table + "\n" + strings.Join(words, "\n") + "\nCOMMIT\n"
+			fmt.Fprintf(&all, "*%s\n%s\nCOMMIT\n", c.Table, strings.Join(words, "\n"))
 			line += len(words) + 2
 		}
 		b.end, b.line = end, line
 		blocks = append(blocks, b)
 	}
-	return blocks, text
+	return blocks, all.String()
 }
 
 func inTable(op backend.Op, table string) bool {

@@ -360,7 +360,7 @@ func (f *filter) isThere(e masq.Entry) (bool, error) {
 	}
 	err := f.run(e.Chain.Family, append([]string{"-t", e.Chain.Table, "-C", e.Chain.Name}, e.Rule.Args()...)...)
 	var exit *exec.ExitError
-	if err != nil && !(errors.As(err, &exit) && exit.ExitCode() == 1) {
+	if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != 1) {
 		return false, explainFilter(err)
 	}
 	seen.exists[e] = err == nil

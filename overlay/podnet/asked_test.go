@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"strconv"
 	"testing"
 
 	"tweed.dev/tweed/backend"
@@ -205,7 +206,7 @@ func TestTwoPodsGetOneMAC(t *testing.T) {
 		}
 		h.release()
 		for i := range 10 {
-			other, err := s.take(recordOf(fmt.Sprint(i)), tt.subnets)
+			other, err := s.take(recordOf(strconv.Itoa(i)), tt.subnets)
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}

@@ -111,13 +111,14 @@ func (n *node) wantNoDelegates(after string) {
 }
 
 // portsInNft is what portmap has in tables of its own.
-func (n *node) portsInNft() (rules string) {
+func (n *node) portsInNft() string {
+	var rules strings.Builder
 	for table := range strings.Lines(n.Run(n.t, "nft list tables")) {
 		if strings.HasSuffix(table, " cni_hostport\n") {
-			rules += n.Run(n.t, "nft list "+table)
+			rules.WriteString(n.Run(n.t, "nft list "+table))
 		}
 	}
-	return rules
+	return rules.String()
 }
 
 // filter puts the daemon's own rules in place, those of iptables beside a firewall that forwards nothing by itself.
