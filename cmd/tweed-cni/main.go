@@ -94,5 +94,6 @@ func gc(*skel.CmdArgs) error {
 }
 
 func pod(args *skel.CmdArgs) podnet.Pod {
-	return podnet.Pod{Container: args.ContainerID, NetNS: args.Netns, Interface: args.IfName, Path: args.Path}
+	return podnet.Pod{Container: args.ContainerID, NetNS: args.Netns, Interface: args.IfName, Path: args.Path,
+		Namespace: podnet.NamespaceOf(args.Args)}
 }

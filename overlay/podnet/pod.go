@@ -23,6 +23,7 @@ type Pod struct {
 	NetNS     string // CNI_NETNS, the path of a network namespace
 	Interface string // CNI_IFNAME
 	Path      string // CNI_PATH, where the plugins are that ports and bandwidth are delegated to
+	Namespace string // of Kubernetes; see NamespaceOf
 }
 
 // Attach gives a pod an interface on the node's bridge, with an address of each of the node's subnets and default
@@ -63,7 +64,8 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	}
 
 	name := vethName(p.Container, p.Interface)
-	rec := record{Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{}}
+	rec := record{Container: p.Container, Interface: p.Interface, Veth: name, Delegates: []json.RawMessage{},
+		Namespace: p.Namespace}
 	held, err := host.store(c.RunDir, callIn(context.Background(), c.RunDir, p.Path)).take(rec, info.Subnets)
 	if err != nil {
 		return nil, ioFailure(err)
@@ -71,6 +73,7 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	v := veth{
 		name: name, mac: vethMAC(p.Container, p.Interface), mtu: info.MTU, bridge: bridge.Index,
 		podName: p.Interface, podMAC: held.MAC, podNS: ns,
+		guarded: !info.Spoofing.Allows(p.Namespace),
 	}
 	if err := host.create(v, held); err != nil {
 		_, freeErr := held.free()
@@ -113,8 +116,11 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 		return fmt.Errorf("writing to the address store: %w", err)
 	}
 	// The host's end goes first: from the moment the pod's end is up, frames pass as they should.
-	if err := h.open(held.Index); err != nil {
+	if err := h.open(held.Index, v.guarded); err != nil {
 		return fmt.Errorf("ip link set %s up type bridge_slave hairpin on: %w", v.name, err)
+	}
+	if err := h.guard(v, held); err != nil {
+		return err
 	}
 	err = within(v.podNS, func(nl *netlink.Handle) error { return inPod.configure(nl, sysctlRoot) })
 	if err != nil {
@@ -133,7 +139,7 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 // addresses stay taken: what is left of the one would reach whoever has the address next.
 func undo(host *host, held *hold) error {
 	err := held.undelegate()
-	if err = errors.Join(err, host.remove(held.Veth, held.Index)); err != nil {
+	if err = errors.Join(err, host.removeJudged(held.record)); err != nil {
 		held.release()
 		return err
 	}

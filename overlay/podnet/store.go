@@ -31,6 +31,8 @@ type record struct {
 	MAC backend.MAC `json:"mac"`
 	// Addrs are the pod's addresses, each with the length of the subnet it is from.
 	Addrs []netip.Prefix `json:"addresses"`
+	// Namespace is the pod's in Kubernetes; empty where the runtime has not said.
+	Namespace string `json:"namespace,omitempty"`
 	// Delegates are the configurations that further plugins were called with for this pod, each with its type.
 	Delegates []json.RawMessage `json:"delegates"`
 }

@@ -111,6 +111,8 @@ type veth struct {
 	podName string
 	podMAC  backend.MAC
 	podNS   *os.File
+	// guarded keeps the pod to its own addresses.
+	guarded bool
 }
 
 // add makes the pair in one message, so that there is no moment at which one end is where it should not be.
@@ -137,15 +139,25 @@ func (h *host) add(v veth) error {
 	return nil
 }
 
-// open lets traffic through a bridge port: up, and with hairpin, so that a pod reaches itself by a service's address.
-func (h *host) open(index int) error {
+// open lets traffic through a bridge port: up, and with hairpin, so that a pod reaches itself by a service's address. A
+// guarded one takes what its pod sends as itself, and nothing else.
+func (h *host) open(index int, guarded bool) error {
+	settings := append(isolation(guarded), nl.NewRtAttr(nl.IFLA_BRPORT_MODE, nl.Uint8Attr(1)))
+	return h.setPort(index, unix.IFF_UP, settings...)
+}
+
+// setPort sets flags of a link, and settings of the bridge's port that it is.
+func (h *host) setPort(index int, flags uint32, settings ...*nl.RtAttr) error {
 	req := h.request(unix.RTM_NEWLINK, 0)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Index, msg.Flags, msg.Change = int32(index), unix.IFF_UP, unix.IFF_UP
+	msg.Index, msg.Flags, msg.Change = int32(index), flags, flags
 	req.AddData(msg)
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(nl.IFLA_INFO_SLAVE_KIND, nl.NonZeroTerminated("bridge"))
-	info.AddRtAttr(nl.IFLA_INFO_SLAVE_DATA, nil).AddRtAttr(nl.IFLA_BRPORT_MODE, nl.Uint8Attr(1))
+	port := info.AddRtAttr(nl.IFLA_INFO_SLAVE_DATA, nil)
+	for _, s := range settings {
+		port.AddChild(s)
+	}
 	req.AddData(info)
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	return meaning(err)
