@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"reflect"
@@ -46,6 +47,7 @@ type Planner struct {
 	desired desired // what follows from last
 	renewed bool    // no plan has compared the kernel with desired yet
 	netConf netConf
+	roster  podnet.Roster
 	grown   subnet.Network // as Plan.Grown, until a plan tells of it
 	changes []difference   // as Plan.Changes, likewise
 }
@@ -175,9 +177,9 @@ func (p *Planner) Plan(ctx context.Context) (Plan, error) {
 // Problem says so, and the other is planned. It fails where neither can be read.
 func (p *Planner) compare(ctx context.Context, want desired, plan *Plan) error {
 	node := p.last.node.Name
-	plan.Wanted = want.state.Len() + want.filter.Len()
-	filterErr := p.compareFilter(ctx, want, plan)
-	stateErr := p.compareState(ctx, want, plan)
+	here := p.pods(want.info.Spoofing)
+	filterErr := p.compareFilter(ctx, want, here, plan)
+	stateErr := p.compareState(ctx, want, here, plan)
 	if filterErr != nil && stateErr != nil {
 		return errors.Join(filterErr, stateErr)
 	}
@@ -188,10 +190,18 @@ func (p *Planner) compare(ctx context.Context, want desired, plan *Plan) error {
 	return nil
 }
 
-func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) error {
+func (p *Planner) compareFilter(ctx context.Context, want desired, here inhabitants, plan *Plan) error {
 	rules, err := p.Kernel.ObserveFilter(ctx, want.filter)
 	if err != nil {
+		plan.Wanted += want.filter.Len()
 		return fmt.Errorf("reading the packet filter: %w", err)
+	}
+	here.judgeAll(&want.filter, rules)
+	plan.Wanted += want.filter.Len()
+	if rules.Unjudged != "" && want.filter.Spoof.Made {
+		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindPods, Text: fmt.Sprintf(
+			"what pods send is not judged (%s): those that have CAP_NET_RAW can send in each other's names; boot a kernel with "+
+				"nf_tables, or have PodSpoofing in net-conf.json allow it", rules.Unjudged)})
 	}
 	for _, drop := range rules.Drops {
 		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindPods, Text: drop})
@@ -200,15 +210,16 @@ func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) e
 		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindStranger, Text: taken})
 		plan.Blocked = true
 	}
-	plan.Ops = append(plan.Ops, masq.Diff(want.filter, rules)...)
+	plan.Ops = append(plan.Ops, slices.DeleteFunc(masq.Diff(want.filter, rules), p.inUse)...)
 	plan.Found += rules.Len()
 	return nil
 }
 
-func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) (err error) {
-	if want.state.Ports, err = p.ports(); err != nil {
-		return err
+func (p *Planner) compareState(ctx context.Context, want desired, here inhabitants, plan *Plan) error {
+	if want.state.Ports = here.ports; here.err != nil {
+		return here.err
 	}
+	plan.Wanted += want.state.Len()
 	have, err := p.Kernel.Observe(ctx, want.state)
 	if err != nil {
 		return fmt.Errorf("reading the kernel's network state: %w", err)
@@ -224,26 +235,6 @@ func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) (e
 	plan.Barred = want.barred(problems, have.Strangers)
 	plan.Found += have.Len()
 	return nil
-}
-
-// ports says how the pods' ends on this host should be. They are no part of what is desired: they come and go all the
-// time without a pass.
-func (p *Planner) ports() (map[string]backend.Port, error) {
-	veths, err := podnet.Veths(p.RunDir)
-	if err != nil {
-		return nil, fmt.Errorf("reading which pods there are: %w", err)
-	}
-	ports := make(map[string]backend.Port, len(veths))
-	for _, v := range veths {
-		ports[v] = backend.Port{Name: v, Bridge: BridgeName, Up: true, Hairpin: true}
-	}
-	return ports, nil
-}
-
-// inUse reports whether op is for a port that a plugin is at work on just now.
-func (p *Planner) inUse(op backend.Op) bool {
-	port, ok := op.What.(backend.Port)
-	return ok && podnet.Busy(p.RunDir, port.Name)
 }
 
 // inputs gathers what the desired state depends on. Where the node or the uplink cannot be told any more, those of the
@@ -325,7 +316,7 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 
 	d.info = podnet.NodeInfo{
 		Node: in.node.Name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
-		Bridge: BridgeName, Device: w.device, MTU: w.mtu,
+		Bridge: BridgeName, Device: w.device, MTU: w.mtu, Spoofing: p.Config.Spoofing,
 	}
 	for _, s := range in.node.Subnets {
 		d.info.Gateways = append(d.info.Gateways, bridge.Gateway(s))
@@ -345,7 +336,10 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 		NonMasquerade: p.Config.NonMasquerade, Guard: p.Config.Backend.Guard, AcceptPeers: p.Config.Backend.AcceptPeers,
 		Underlay: masq.FamilyOf(in.uplink.Local), Peers: endpoints(peers),
 	}.Desired()
-	d.counted = d.filter.Counted()
+	d.filter.Spoof.Made = !d.info.Spoofing.All
+	if d.counted = d.filter.Counted(); d.filter.Spoof.Made {
+		maps.Copy(d.counted, spoofCounted())
+	}
 	d.warn(in)
 	return d
 }

@@ -11,6 +11,7 @@ import (
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
+	"tweed.dev/tweed/backend/spoof"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
@@ -360,7 +361,7 @@ func (res *result) note(op backend.Op, err error) {
 		return
 	}
 	res.of = append(res.of, failed)
-	res.blocked = res.blocked || op.Peer == ""
+	res.blocked = res.blocked || op.Peer == "" && op.What.Kind() != spoof.Kind // without it pods work all the same
 	res.problems = append(res.problems, subnet.Problem{
 		Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
 }

@@ -453,6 +453,7 @@ func (f *Fake) applyPort(p backend.Port) error {
 	if _, bridge := f.own.Links[p.Bridge]; !there || !bridge {
 		return syscall.ENODEV
 	}
+	p.Others = false
 	f.own.Ports[p.Name] = p
 	return nil
 }

@@ -22,6 +22,8 @@ type Options struct {
 	SysctlRoot string
 	// Log gets what a person should know but need not act on; nothing is logged if it is nil.
 	Log *slog.Logger
+	// NoPortLocks has ports of bridges treated as a kernel before 5.18 does, which cannot lock them.
+	NoPortLocks bool
 }
 
 // A Kernel is the kernel of this host, in one network namespace. Its methods can be called by several goroutines, but
@@ -34,6 +36,9 @@ type Kernel struct {
 	filters map[masq.Variant]*filter // of iptables
 	nft     *nftables
 	sets    *ipsets
+	// noLocks is Options.NoPortLocks, and lockless says once that there are none.
+	noLocks  bool
+	lockless sync.Once
 
 	mu    sync.Mutex
 	index map[string]int               // of links, as last seen
@@ -68,6 +73,7 @@ func New(o Options) (*Kernel, error) {
 	k := &Kernel{
 		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, nft: dialNFT(), sets: dialIPSet(), index: map[string]int{},
 		inUse: map[masq.Family]masq.Variant{}, named: map[string]masq.Variant{},
+		noLocks: o.NoPortLocks,
 	}
 	k.filters = newFilters(k)
 	return k, nil

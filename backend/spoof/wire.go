@@ -34,7 +34,7 @@ func Make() []Message {
 		m.u32(unix.NFTA_SET_KEY_TYPE, s.KeyType())
 		m.u32(unix.NFTA_SET_KEY_LEN, s.keyLen())
 		m.u32(unix.NFTA_SET_ID, uint32(i+1)) // by which the rest of this transaction could name it
-		if s == Ports { // or nft prints no names: the keys' byte order is the host's (libnftnl, udata.h: NFTNL_UDATA_SET_KEYBYTEORDER)
+		if s == Ports {                      // or nft prints no names: the keys' byte order is the host's (libnftnl, udata.h: NFTNL_UDATA_SET_KEYBYTEORDER)
 			m.bytes(unix.NFTA_SET_USERDATA, binary.NativeEndian.AppendUint32([]byte{0, 4}, 1))
 		}
 		all = append(all, Message{unix.NFT_MSG_NEWSET, anew, m})

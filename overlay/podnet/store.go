@@ -448,12 +448,6 @@ func Sweep(ctx context.Context, runDir, path string) ([]netip.Addr, error) {
 	return host.store(runDir, callIn(ctx, runDir, path)).sweep()
 }
 
-// Veths names the host's ends of the interfaces that runDir records. Not each of them needs to be there.
-func Veths(runDir string) ([]string, error) {
-	names, err := list((&store{runDir: runDir}).podDir())
-	return slices.DeleteFunc(names, func(name string) bool { return strings.HasPrefix(name, litter) }), err
-}
-
 // Busy reports whether somebody is attaching or detaching the pod with that veth, or has just done so.
 func Busy(runDir, veth string) bool {
 	s := &store{runDir: runDir}
