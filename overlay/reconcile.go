@@ -3,6 +3,7 @@ package overlay
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -361,7 +362,7 @@ func (res *result) note(op backend.Op, err error) {
 		return
 	}
 	res.of = append(res.of, failed)
-	res.blocked = res.blocked || op.Peer == "" && op.What.Kind() != spoof.Kind // without it pods work all the same
+	res.blocked = res.blocked || op.Peer == "" && !errors.Is(err, spoof.ErrUnsupported) // without which pods work all the same
 	res.problems = append(res.problems, subnet.Problem{
 		Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
 }

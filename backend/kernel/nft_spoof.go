@@ -1,12 +1,11 @@
 package kernel
 
 import (
-	"errors"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
-	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/backend/spoof"
 )
 
@@ -50,38 +49,34 @@ func (n *nftables) spoofChains() (right bool, err error) {
 	if err != nil || len(there) != len(want) {
 		return false, err
 	}
-	for _, w := range want {
-		have, ok := there[w.Name]
-		if !ok || have.base != w.Hook || w.Hook && !have.judges() {
-			return false, nil
-		}
-		if have.rules, err = n.dumpRules(w.Name, spoofRules(w.Name)); err != nil || len(have.rules) != len(w.Rules) {
+	steps := map[string][]string{}
+	m := nfMessage(unix.NFPROTO_BRIDGE)
+	m.string(unix.NFTA_RULE_TABLE, spoof.Name)
+	err = n.conn.dump(nftType(unix.NFT_MSG_GETRULE), m, func() { clear(steps) }, func(b []byte) {
+		r := parseNFTRule(b)
+		steps[r.chain] = append(steps[r.chain], textOf(r.exprs))
+	})
+	for _, c := range want {
+		have, ok := there[c.Name]
+		if !ok || have.base != c.Hook || c.Hook && !have.judges() || !slices.EqualFunc(steps[c.Name], c.Rules, does) {
 			return false, err
 		}
-		for i, r := range w.Rules {
-			if textOf(have.rules[i].exprs) != textOf(stepsOf(r)) {
-				return false, nil
-			}
-		}
 	}
-	return true, nil
+	return err == nil, err
 }
 
-func spoofRules(chain string) message {
-	return ruleMessage(masq.Chain{Family: masq.Bridge, Table: spoof.Name, Name: chain})
+// does reports whether the steps of a rule are those of r.
+func does(steps string, r spoof.Rule) bool {
+	all := make([]nftExpr, len(r.Steps))
+	for i, s := range r.Steps {
+		all[i] = nftExpr{s.Name, s.Data}
+	}
+	return steps == textOf(all)
 }
 
 // judges reports whether c is where all frames pass that a bridge takes in.
 func (c nftChain) judges() bool {
 	return c.typ == "filter" && c.hook == 0 && c.priority == spoof.Priority && c.policy == nfAccept // NF_BR_PRE_ROUTING
-}
-
-func stepsOf(r spoof.Rule) []nftExpr {
-	all := make([]nftExpr, len(r.Steps))
-	for i, s := range r.Steps {
-		all[i] = nftExpr{s.Name, s.Data}
-	}
-	return all
 }
 
 // spoofSets reports whether the sets of the table are those that it should have.
@@ -139,9 +134,9 @@ func spoofChanges(do backend.Verb, what backend.Object) []nftChange {
 
 // explainSpoof says what it means that the table cannot be made.
 func explainSpoof(op backend.Op, err error) error {
-	if _, ok := op.What.(spoof.Rules); ok && op.Do == backend.Add && isNoNFT(err) && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("%w: this kernel's nftables does not judge the frames of bridges, so pods that have CAP_NET_RAW can send "+
-			"in each other's names; boot one with CONFIG_NF_TABLES_BRIDGE, or have PodSpoofing allow it", err)
+	if _, ok := op.What.(spoof.Rules); ok && op.Do == backend.Add && isNoNFT(err) {
+		return fmt.Errorf("%w: %w: pods that have CAP_NET_RAW can send in each other's names; boot one with "+
+			"CONFIG_NF_TABLES_BRIDGE, or have PodSpoofing in net-conf.json allow it", err, spoof.ErrUnsupported)
 	}
 	return err
 }

@@ -9,6 +9,7 @@ package spoof
 import (
 	"bytes"
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -23,6 +24,9 @@ const Kind = "spoof"
 
 // Name is that of the table. Its family is bridge.
 const Name = "tweed"
+
+// ErrUnsupported says that a kernel does not have what the table needs.
+var ErrUnsupported = errors.New("this kernel's nftables does not judge the frames of bridges")
 
 // A Set is one of the table's sets.
 type Set string
