@@ -214,6 +214,7 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"FilterChangesItsForm", askForms},
 		{"SetsAreFilledAndEmptied", askSets},
 		{"PortIsGuarded", askGuard},
+		{"PodsAreJudged", askSpoof},
 		{"NodesAreKnown", askNodes},
 		{"RouteOfOthersIsInOurTable", askRouteOfOthers},
 		{"RuleOfOthersLeadsToOurTable", askRuleOfOthers},

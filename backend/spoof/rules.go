@@ -71,44 +71,44 @@ const (
 func Chains() []Chain {
 	return []Chain{
 		{Name: "prerouting", Hook: true, Rules: []Rule{
-			sort("ip", unix.ETH_P_IP, "ipv4"), sort("ip6", unix.ETH_P_IPV6, "ipv6"), sort("arp", unix.ETH_P_ARP, "arp"),
+			sort("ip", unix.ETH_P_IP, "pod-ipv4"), sort("ip6", unix.ETH_P_IPV6, "pod-ipv6"), sort("arp", unix.ETH_P_ARP, "pod-arp"),
 			drop("", DroppedOther),
 		}},
-		{Name: "ipv4", Rules: []Rule{
+		{Name: "pod-ipv4", Rules: []Rule{
 			drop("udp sport 67 udp dport 68", DroppedDHCP, udp(67, 68)...),
-			own(ether, ipv4Source),
+			own("ip", unix.ETH_P_IP, ipv4Source),
 			drop("", DroppedIPv4),
 		}},
-		{Name: "ipv6", Rules: []Rule{
-			{Words: "meta l4proto ipv6-icmp goto icmpv6",
-				Steps: []Step{meta(unix.NFT_META_L4PROTO), equal([]byte{unix.IPPROTO_ICMPV6}), gotoChain("icmpv6")}},
+		{Name: "pod-ipv6", Rules: []Rule{
+			{Words: "meta l4proto ipv6-icmp goto pod-icmpv6",
+				Steps: []Step{meta(unix.NFT_META_L4PROTO), equal([]byte{unix.IPPROTO_ICMPV6}), gotoChain("pod-icmpv6")}},
 			drop("udp sport 547 udp dport 546", DroppedDHCP, udp(547, 546)...),
-			own(ether, ipv6Source),
+			own("ip6", unix.ETH_P_IPV6, ipv6Source),
 			drop("", DroppedIPv6),
 		}},
-		{Name: "icmpv6", Rules: []Rule{
-			drop("icmpv6 type nd-router-advert", DroppedRA, icmpv6(routerAdvert)...),
-			drop("icmpv6 type nd-neighbor-advert iifname . ether saddr . icmpv6 taddr != @ipv6", DroppedND,
+		{Name: "pod-icmpv6", Rules: []Rule{
+			drop("meta l4proto ipv6-icmp @th,0,8 134", DroppedRA, icmpv6(routerAdvert)...),
+			drop("meta l4proto ipv6-icmp @th,0,8 136 iifname . ether saddr . icmpv6 taddr != @ipv6", DroppedND,
 				slices.Concat(icmpv6(neighAdvert), find(true, ether, ndTarget))...),
-			own(ether, ipv6Source),
+			own("ip6", unix.ETH_P_IPV6, ipv6Source),
 			// Who does not know yet whether an address is its own, asks from none, and says from none what it listens to.
-			accept("ip6 saddr :: icmpv6 type nd-neighbor-solicit iifname . ether saddr . icmpv6 taddr @ipv6",
-				fromNone, icmpv6(neighSolicit), find(false, ether, ndTarget)),
-			accept("ip6 saddr :: icmpv6 type mld2-listener-report iifname . ether saddr @macs",
-				fromNone, icmpv6(mld2Report), findMAC()),
-			accept("ip6 saddr :: icmpv6 type mld-listener-report iifname . ether saddr @macs",
-				fromNone, icmpv6(mldReport), findMAC()),
+			accept("meta protocol ip6 ip6 saddr :: meta l4proto ipv6-icmp @th,0,8 135 iifname . ether saddr . icmpv6 taddr @ipv6",
+				fromNone(), icmpv6(neighSolicit), find(false, ether, ndTarget)),
+			accept("meta protocol ip6 ip6 saddr :: meta l4proto ipv6-icmp @th,0,8 143 iifname . ether saddr @macs",
+				fromNone(), icmpv6(mld2Report), findMAC()),
+			accept("meta protocol ip6 ip6 saddr :: meta l4proto ipv6-icmp @th,0,8 131 iifname . ether saddr @macs",
+				fromNone(), icmpv6(mldReport), findMAC()),
 			drop("", DroppedIPv6),
 		}},
-		{Name: "arp", Rules: []Rule{
+		{Name: "pod-arp", Rules: []Rule{
 			// All that others take for ARP of IPv4 on Ethernet is where the next rules look for it.
 			drop("@nh,0,48 != 0x000108000604", DroppedARP,
 				payload(unix.NFT_PAYLOAD_NETWORK_HEADER, 0, 6, unix.NFT_REG_1), differ([]byte{0, 1, 8, 0, 6, 4})),
-			accept("iifname . ether saddr . arp saddr ip @ipv4 iifname . arp saddr ether . arp saddr ip @ipv4",
-				find(false, ether, arpSource), find(false, arpMAC, arpSource)),
+			accept("meta protocol arp iifname . ether saddr . arp saddr ip @ipv4 iifname . arp saddr ether . arp saddr ip @ipv4",
+				carries(unix.ETH_P_ARP), find(false, ether, arpSource), find(false, arpMAC, arpSource)),
 			// A probe asks for an address before it is taken (RFC 5227, section 2.1.1).
-			accept("arp saddr ip 0.0.0.0 iifname . ether saddr . arp daddr ip @ipv4 iifname . arp saddr ether . arp daddr ip @ipv4",
-				[]Step{payload(unix.NFT_PAYLOAD_NETWORK_HEADER, arpSource.offset, 4, unix.NFT_REG_1), equal(make([]byte, 4))},
+			accept("meta protocol arp arp saddr ip 0.0.0.0 iifname . ether saddr . arp daddr ip @ipv4 iifname . arp saddr ether . arp daddr ip @ipv4",
+				carries(unix.ETH_P_ARP), []Step{arpSource.load(unix.NFT_REG_1), equal(make([]byte, 4))},
 				find(false, ether, arpTarget), find(false, arpMAC, arpTarget)),
 			drop("", DroppedARP),
 		}},
@@ -119,11 +119,14 @@ func Chains() []Chain {
 func sort(protocol string, number uint16, to string) Rule {
 	return Rule{
 		Words: fmt.Sprintf(`iifname "%s*" meta protocol %s goto %s`, Devices, protocol, to),
-		Steps: []Step{
-			meta(unix.NFT_META_IIFNAME), equal([]byte(Devices)), meta(unix.NFT_META_PROTOCOL), equal(binary.BigEndian.AppendUint16(nil, number)),
-			gotoChain(to),
-		},
+		Steps: slices.Concat([]Step{meta(unix.NFT_META_IIFNAME), equal([]byte(Devices))}, carries(number), []Step{gotoChain(to)}),
 	}
+}
+
+// carries asks what a frame carries. Who comes here by sort knows, but nft asks before it looks at a header, and by the
+// frame's own word unless it is told to ask as here: that word is another behind a VLAN tag.
+func carries(protocol uint16) []Step {
+	return []Step{meta(unix.NFT_META_PROTOCOL), equal(binary.BigEndian.AppendUint16(nil, protocol))}
 }
 
 // drop drops what comes from a port that is judged, and matches.
@@ -142,8 +145,9 @@ func accept(words string, match ...[]Step) Rule {
 }
 
 // own accepts what comes from its port's own MAC and address.
-func own(mac, addr field) Rule {
-	return accept(fmt.Sprintf("iifname . %s . %s @%s", mac.words, addr.words, addr.set()), find(false, mac, addr))
+func own(protocol string, number uint16, addr field) Rule {
+	return accept(fmt.Sprintf("meta protocol %s iifname . ether saddr . %s @%s", protocol, addr.words, addr.set()),
+		carries(number), find(false, ether, addr))
 }
 
 // A field is where a MAC or an address stands in a frame.
@@ -160,9 +164,12 @@ var (
 	arpMAC     = field{"arp saddr ether", unix.NFT_PAYLOAD_NETWORK_HEADER, 8, 6}
 	arpSource  = field{"arp saddr ip", unix.NFT_PAYLOAD_NETWORK_HEADER, 14, 4}
 	arpTarget  = field{"arp daddr ip", unix.NFT_PAYLOAD_NETWORK_HEADER, 24, 4}
-
-	fromNone = []Step{payload(unix.NFT_PAYLOAD_NETWORK_HEADER, 8, 16, unix.NFT_REG_1), equal(make([]byte, 16))}
 )
+
+// fromNone matches what has no sender.
+func fromNone() []Step {
+	return slices.Concat(carries(unix.ETH_P_IPV6), []Step{ipv6Source.load(unix.NFT_REG_1), equal(make([]byte, 16))})
+}
 
 func (f field) set() Set {
 	if f.length == 4 {
