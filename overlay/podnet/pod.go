@@ -12,6 +12,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"tweed.dev/tweed/backend"
@@ -245,13 +246,14 @@ func Check(c Config, p Pod) error {
 	if err != nil {
 		return err
 	}
-	if mac, ok := rememberedMAC(c.PrevResult, p.Interface); ok {
-		rec.MAC = mac
+	mac, ok := rememberedMAC(c.PrevResult, p.Interface)
+	if !ok {
+		mac = rec.MAC
 	}
 	inPod := end{p.Interface, rec.Addrs, info.Gateways}
 	broken := host.broken(rec, info)
 	err = within(ns, func(nl *netlink.Handle) error {
-		broken = append(broken, inPod.broken(nl, rec.MAC)...)
+		broken = append(broken, inPod.broken(nl, mac)...)
 		return nil
 	})
 	if err != nil {
@@ -306,10 +308,10 @@ func (h *host) broken(rec record, info NodeInfo) (broken []error) {
 	if end.MasterIndex != bridge.Index {
 		return append(broken, fmt.Errorf("its veth %s on the host is not a port of %s", rec.Veth, info.Bridge))
 	}
-	if !end.hairpin {
+	if end.port[nl.IFLA_BRPORT_MODE] == 0 {
 		broken = append(broken, fmt.Errorf("its bridge port %s has hairpin off", rec.Veth))
 	}
-	return broken
+	return append(broken, h.unguarded(rec, end, info.Spoofing)...)
 }
 
 // rememberedMAC finds the MAC that a result gives for an interface in a pod. Its place is the same in all versions.

@@ -129,23 +129,41 @@ func judge(entries []spoof.Entry) error {
 // processor looks at what goes any more, so they wait together; and so that nothing gets past nftables meanwhile, nothing
 // is taken in from the pod to begin with.
 //
-// What stays in nftables, or is of a record that was lost, does no harm: no other pod gets the name of the veth. The daemon
-// takes it away.
+// What nftables knows of a pod whose record was lost does no harm: no other pod gets the name of the veth. The daemon takes
+// it away.
 func (h *host) removeJudged(rec record) error {
-	nft, err := dialNFT()
-	if err != nil || len(rec.Addrs) == 0 || h.shut(rec) != nil {
-		nft.close()
-		return h.remove(rec.Veth, rec.Index)
+	if h.shut(rec) != nil { // it is gone, or no port
+		err := h.remove(rec.Veth, rec.Index)
+		if err == nil {
+			rec.acquit()
+		}
+		return err
 	}
 	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_ = nft.transact(spoof.Delete(rec.entries()))
-		nft.close() // which is what waits
-	}()
+	nft, err := dialNFT()
+	if err != nil {
+		close(done)
+	} else {
+		go func() { defer close(done); nft.acquit(rec) }()
+	}
 	err = h.remove(rec.Veth, rec.Index)
 	<-done
 	return err
+}
+
+// acquit takes away what nftables knows of a pod whose veth is gone.
+func (r record) acquit() {
+	if nft, err := dialNFT(); err == nil {
+		nft.acquit(r)
+	}
+}
+
+// acquit is the last that is done with a socket. The table may be gone, or not know the pod.
+func (n nft) acquit(r record) {
+	defer n.close() // which is what waits
+	if len(r.Addrs) > 0 {
+		_ = n.transact(spoof.Delete(r.entries()))
+	}
 }
 
 // shut has a bridge take nothing in from a pod's port any more. The error is ENODEV where there is none that is ours.
@@ -170,11 +188,7 @@ func dialNFT() (nft, error) {
 	return nft(fd), err
 }
 
-func (n nft) close() {
-	if n >= 0 {
-		unix.Close(int(n))
-	}
-}
+func (n nft) close() { unix.Close(int(n)) }
 
 // transact makes all of some changes, or none.
 func (n nft) transact(changes []spoof.Message) error {

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/kernel/netnstest"
 )
 
 // A deed is a frame that a pod sends to another.
@@ -216,4 +217,41 @@ func TestExemptPodTakesAnothersPlace(t *testing.T) {
 	if fdb := n.Run(t, "bridge fdb show br tweed0"); !strings.Contains(fdb, third.mac.String()+" dev "+third.veth) {
 		t.Errorf("the pod is elsewhere now:\n%s", fdb)
 	}
+}
+
+// What nftables knows of a pod goes with it, however it goes, and not with another.
+func TestNftablesRemembersAPod(t *testing.T) {
+	for _, c := range []struct{ name, before string }{
+		{"DEL", "true"},
+		{"DEL without the veth", "ip link del " + vethName("one", "eth0")},
+		{"DEL without the bridge", "ip link del tweed0"},
+		{"DEL of one that is no port", "ip link set " + vethName("one", "eth0") + " nomaster"},
+		{"DEL without the table", "nft delete table bridge tweed"},
+		{"DEL of one that nftables does not know", "nft flush set bridge tweed ipv6"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := newNode(t, subnet4, subnet6)
+			pod := netnstest.New(t)
+			n.mustAdd("other", netnstest.New(t))
+			n.mustAdd("one", pod)
+			n.Run(t, c.before)
+			if err := n.del("one", pod.Path()); err != nil {
+				t.Error(err)
+			}
+			left, _ := n.Try(t, "nft list table bridge tweed")
+			whole := strings.Contains(left, vethName("other", "eth0")) || strings.Contains(c.before, "nft")
+			if knows := strings.Contains(left, vethName("one", "eth0")); knows && !strings.Contains(c.before, "nft") || !whole {
+				t.Errorf("after DEL: %s", left)
+			}
+		})
+	}
+	t.Run("sweep", func(t *testing.T) {
+		n := newNode(t, subnet4)
+		n.mustAdd("one", netnstest.New(t))
+		n.Run(t, "ip link del "+vethName("one", "eth0"))
+		n.sweep("")
+		if left := n.Run(t, "nft list table bridge tweed"); strings.Contains(left, vethName("one", "eth0")) {
+			t.Errorf("after the sweep: %s", left)
+		}
+	})
 }

@@ -413,6 +413,7 @@ func (h *hold) freeDead() (freed []netip.Addr, err error) {
 		h.release()
 		return nil, err
 	}
+	h.acquit()
 	return h.free()
 }
 

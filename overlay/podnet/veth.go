@@ -30,8 +30,8 @@ type host struct{ sockets map[int]*nl.SocketHandle }
 type link struct {
 	netlink.LinkAttrs
 	kind string
-	// hairpin is set for a bridge port that sends frames back to where they came from.
-	hairpin bool
+	// port has the settings of a bridge's port (IFLA_BRPORT_*) that are of one byte.
+	port map[uint16]byte
 }
 
 func (l link) ours(kind string) bool { return l.Group == backend.Owner && l.kind == kind }
@@ -80,26 +80,26 @@ func (h *host) link(name string) (link, error) {
 	if err != nil {
 		return link{}, fmt.Errorf("looking up %s: %w", name, err)
 	}
-	return link{LinkAttrs: *l.Attrs(), kind: l.Type(), hairpin: hairpin(msgs[0])}, nil
+	return link{LinkAttrs: *l.Attrs(), kind: l.Type(), port: portSettings(msgs[0])}, nil
 }
 
-// hairpin finds the flag, which the library leaves aside, in a message about a link.
-func hairpin(msg []byte) bool {
-	for _, want := range []uint16{unix.IFLA_LINKINFO, nl.IFLA_INFO_SLAVE_DATA, nl.IFLA_BRPORT_MODE} {
-		if want == unix.IFLA_LINKINFO {
-			msg = msg[unix.SizeofIfInfomsg:]
-		}
-		attrs, err := nl.ParseRouteAttr(msg)
-		if err != nil {
-			return false
-		}
+// portSettings finds the settings of a bridge's port, which the library leaves aside, in a message about a link.
+func portSettings(msg []byte) map[uint16]byte {
+	attrs, err := nl.ParseRouteAttr(msg[unix.SizeofIfInfomsg:])
+	for _, want := range []uint16{unix.IFLA_LINKINFO, nl.IFLA_INFO_SLAVE_DATA} {
 		i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type&nl.NLA_TYPE_MASK == want })
-		if i < 0 {
-			return false
+		if err != nil || i < 0 {
+			return nil
 		}
-		msg = attrs[i].Value
+		attrs, err = nl.ParseRouteAttr(attrs[i].Value)
 	}
-	return len(msg) == 1 && msg[0] != 0
+	settings := map[uint16]byte{}
+	for _, a := range attrs {
+		if len(a.Value) == 1 {
+			settings[a.Attr.Type&nl.NLA_TYPE_MASK] = a.Value[0]
+		}
+	}
+	return settings
 }
 
 // A veth is a pair of devices: one end a port of the bridge, the other in the pod.
