@@ -164,6 +164,9 @@ func (f *Fake) SetFilterHost(c masq.Chain, h masq.Host) {
 func (f *Fake) RuleCounts(ctx context.Context, c masq.Chain) ([]uint64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if c.Family == masq.Bridge {
+		return slices.Clone(f.counts[c]), ctx.Err()
+	}
 	counts := make([]uint64, len(f.filter.Chains[c]))
 	copy(counts, f.counts[c])
 	return counts, ctx.Err()

@@ -103,6 +103,12 @@ func TestTableThatJudgesPodsIsChanged(t *testing.T) {
 			t.Errorf("%s: nothing was to be done", command)
 		}
 	}
+	for _, c := range spoof.Chains() {
+		counts, err := h.RuleCounts(t.Context(), masq.Chain{Family: masq.Bridge, Table: spoof.Name, Name: c.Name})
+		if err != nil || len(counts) != len(c.Rules) {
+			t.Errorf("%s counts %v, %v", c.Name, counts, err)
+		}
+	}
 	// What others have in the family is theirs.
 	shell(t, h.ns, "nft add table bridge other && nft add chain bridge other prerouting && nft add set bridge other ports "+
 		"'{ type ifname ; }'")
