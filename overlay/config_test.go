@@ -33,8 +33,8 @@ func TestConfigThatCannotBeUsed(t *testing.T) {
 		{`{"network": "10.244.0.0/16"}`, "network: unknown key; did you mean Network? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "SubnetLenn": 24}`, "SubnetLenn: unknown key; did you mean SubnetLen?"},
 		{`{"Network": "10.244.0.0/16", "Colour": "blue"}`, "Colour: unknown key; known are Backend, EnableIPv4, EnableIPv6, " +
-			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, NonMasqueradeCIDRs, PacketFilter, PodSpoofing, " +
-			"Reserved, SubnetLen, SubnetMax, SubnetMin, SubnetSource, Underlay"},
+			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, NonMasqueradeCIDRs, PacketFilter, " +
+			"PodSpoofing, Reserved, SubnetLen, SubnetMax, SubnetMin, SubnetSource, Underlay"},
 		{`{"Network": "10.244.0.0/16", "Backend": {"Vni": 1}}`,
 			"Backend.Vni: unknown key; did you mean VNI? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "Network": "10.244.0.0/16"}`,

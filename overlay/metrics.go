@@ -127,7 +127,7 @@ func newGauges(r *Reconciler) *gauges {
 		problems:   desc("problems", "What is wrong, on this node and with others, by kind.", "kind"),
 		drops: desc("guard_drops_total", "Packets to the tunnel's port that were dropped, by what they were dropped for.",
 			"reason"),
-		spoofs: desc("spoof_drops_total", "Frames that pods sent in others' names and that were dropped, by what gave them away.",
+		spoofs: desc("spoof_drops_total", "Frames of pods in others' names that were dropped, by what gave them away.",
 			"reason"),
 	}
 }

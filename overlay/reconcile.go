@@ -362,7 +362,8 @@ func (res *result) note(op backend.Op, err error) {
 		return
 	}
 	res.of = append(res.of, failed)
-	res.blocked = res.blocked || op.Peer == "" && !errors.Is(err, spoof.ErrUnsupported) // without which pods work all the same
+	// Without what no kernel of this kind has, pods work all the same.
+	res.blocked = res.blocked || op.Peer == "" && !errors.Is(err, spoof.ErrUnsupported)
 	res.problems = append(res.problems, subnet.Problem{
 		Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
 }

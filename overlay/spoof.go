@@ -13,22 +13,24 @@ import (
 	"tweed.dev/tweed/overlay/podnet"
 )
 
-// inhabitants is what the kernel should hold for those pods that are recorded just now. They come and go all the time without a
-// pass, so it is no part of what is desired.
+// inhabitants is what the kernel should hold for those pods that are recorded just now. They come and go all the time
+// without a pass, so it is no part of what is desired.
 type inhabitants struct {
 	ports   map[string]backend.Port
 	entries map[spoof.Entry]bool
 	err     error // why it cannot be told
 }
 
-// pods says how the pods' ends on this host should be, and who they may send as. Of one whose record cannot be read it is
-// not known, and nothing is done about it.
+// pods says how the pods' ends on this host should be, and who they may send as. Of one whose record cannot be read it
+// is not known, and nothing is done about it.
 func (p *Planner) pods(spoofing podnet.Spoofing) inhabitants {
 	attached, err := p.roster.Attached(p.RunDir)
 	if err != nil {
 		return inhabitants{err: fmt.Errorf("reading which pods there are: %w", err)}
 	}
-	all := inhabitants{ports: make(map[string]backend.Port, len(attached)), entries: make(map[spoof.Entry]bool, 5*len(attached))}
+	all := inhabitants{
+		ports: make(map[string]backend.Port, len(attached)), entries: make(map[spoof.Entry]bool, 5*len(attached)),
+	}
 	for _, a := range attached {
 		if a.MAC == (backend.MAC{}) {
 			continue

@@ -154,7 +154,8 @@ func TestHostHasNoNftables(t *testing.T) {
 	n.cluster.set()
 	n.planner.Kernel = unjudged{n.kern}
 	for range 2 {
-		if rep := n.step(t); !rep.Converged || rep.Failed > 0 || !hasProblem(rep, "n1", "what pods send is not judged (protocol") {
+		rep := n.step(t)
+		if !rep.Converged || rep.Failed > 0 || !hasProblem(rep, "n1", "what pods send is not judged (protocol") {
 			t.Errorf("%+v", rep)
 		}
 	}

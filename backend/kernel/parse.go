@@ -54,8 +54,8 @@ func (l link) is(kind backend.LinkKind) bool { return l.kind == string(kind) }
 // underlay6 reports whether the VXLAN device l sends over IPv6.
 func (l link) underlay6() bool { return l.local.Is6() || l.remote6 }
 
-// closed reports whether l is a port that takes nothing from other MACs than are known to be there, as far as the kernel can
-// keep it from that.
+// closed reports whether l is a port that takes nothing from other MACs than are known to be there, as far as the
+// kernel can keep it from that.
 func (l link) closed() bool { return l.noLearning && l.noFlood && (l.locked || !l.hasLock) }
 
 // parseLink reads the body of an RTM_NEWLINK or RTM_DELLINK message.

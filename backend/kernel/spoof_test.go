@@ -110,8 +110,8 @@ func TestTableThatJudgesPodsIsChanged(t *testing.T) {
 		}
 	}
 	// What others have in the family is theirs.
-	shell(t, h.ns, "nft add table bridge other && nft add chain bridge other prerouting && nft add set bridge other ports "+
-		"'{ type ifname ; }'")
+	shell(t, h.ns, "nft add table bridge other && nft add chain bridge other prerouting && "+
+		"nft add set bridge other ports '{ type ifname ; }'")
 	if ops := judgingPass(t, h, want); len(ops) > 0 {
 		t.Errorf("for others' tables: %v", ops)
 	}
@@ -139,7 +139,8 @@ func TestRulesAgainstSpoofingInWordsOfNFT(t *testing.T) {
 	shell(t, h.ns, "nft add table bridge tweed")
 	sets, rules, _ := strings.Cut(spoof.Rules{}.Command(backend.Add, nil), "add rule ")
 	shell(t, h.ns, strings.TrimSuffix(strings.TrimSpace(sets), ";")+"'")
-	known := exec.Command("nft", "--check", "add table bridge t; add chain bridge t c; add rule bridge t c icmpv6 taddr ::1").Run() == nil
+	const taddr = "add table bridge t; add chain bridge t c; add rule bridge t c icmpv6 taddr ::1"
+	known := exec.Command("nft", "--check", taddr).Run() == nil
 	left := 0
 	for rule := range strings.SplitSeq(strings.TrimSuffix("add rule "+rules, "'"), " ; ") {
 		if strings.Contains(rule, "taddr") && !known {
@@ -223,7 +224,8 @@ func TestPortIsOpenedByHand(t *testing.T) {
 					t.Errorf("%s: not undone: %s", c.command, got)
 				}
 				macs := h.ns.Run(t, "bridge fdb show dev pod1")
-				if strings.Contains(macs, "02:00:00:00:00:01") || !strings.Contains(macs, podMAC(3).String()+" sticky master tweed0 static") {
+				pod := podMAC(3).String() + " sticky master tweed0 static"
+				if strings.Contains(macs, "02:00:00:00:00:01") || !strings.Contains(macs, pod) {
 					t.Errorf("%s: not undone:\n%s", c.command, macs)
 				}
 			}

@@ -231,8 +231,8 @@ func (w *watcher) heardRoute(b []byte) bool {
 	return r.isWay(near) && (slices.ContainsFunc(r.devs(), leaves) || near(r.key.Dst))
 }
 
-// heardPort hears of a port that is not closed any more. The plugin closes those of pods, and before a port goes with its
-// pod, the bridge says that it is none any more.
+// heardPort hears of a port that is not closed any more. The plugin closes those of pods, and before a port goes with
+// its pod, the bridge says that it is none any more.
 func (w *watcher) heardPort(typ uint16, b []byte) bool {
 	l, ok := parseLink(b)
 	if !ok {
@@ -247,9 +247,9 @@ func (w *watcher) heardPort(typ uint16, b []byte) bool {
 	return was && !l.closed() && w.links[l.index].group == backend.Owner
 }
 
-// heardNeigh hears only of our VXLAN devices, and of MACs that a bridge does not know any more to be behind a closed port:
-// what else pods ask and answer on the bridge is their own affair. What needs no asking (NOARP) is the kernel's own, of
-// multicast addresses, unless it is permanent as well, which is how the bridge command makes it.
+// heardNeigh hears only of our VXLAN devices, and of MACs that a bridge does not know any more to be behind a closed
+// port: what else pods ask and answer on the bridge is their own affair. What needs no asking (NOARP) is the kernel's
+// own, of multicast addresses, unless it is permanent as well, which is how the bridge command makes it.
 func (w *watcher) heardNeigh(typ uint16, b []byte) bool {
 	n, ok := parseNeigh(b)
 	l := w.links[n.index]

@@ -14,8 +14,8 @@ const Comment = "tweed"
 // Devices begins the names of all ports that a pod can be behind.
 const Devices = "tweed"
 
-// Priority is that of the table's one chain at a hook, prerouting: before br_netfilter (NF_BR_PRI_BRNF, which is 0) hands
-// a frame on to conntrack and to the packet filter of IP.
+// Priority is that of the table's one chain at a hook, prerouting: before br_netfilter (NF_BR_PRI_BRNF, which is 0)
+// hands a frame on to conntrack and to the packet filter of IP.
 const Priority = -300
 
 // What a frame can be dropped for.
@@ -65,13 +65,15 @@ const (
 	mld2Report   = 143
 )
 
-// Chains lists the table's chains with their rules. A frame that is as it should be costs one look into a set, of whatever
-// its sender's port, MAC and address are together; only who drops asks whether the port is to be judged at all. Each
-// that drops counts.
+// Chains lists the table's chains with their rules. A frame that is as it should be costs one look into a set, of
+// whatever its sender's port, MAC and address are together; only who drops asks whether the port is to be judged at
+// all. Each that drops counts.
 func Chains() []Chain {
 	return []Chain{
 		{Name: "prerouting", Hook: true, Rules: []Rule{
-			sort("ip", unix.ETH_P_IP, "pod-ipv4"), sort("ip6", unix.ETH_P_IPV6, "pod-ipv6"), sort("arp", unix.ETH_P_ARP, "pod-arp"),
+			sort("ip", unix.ETH_P_IP, "pod-ipv4"),
+			sort("ip6", unix.ETH_P_IPV6, "pod-ipv6"),
+			sort("arp", unix.ETH_P_ARP, "pod-arp"),
 			drop("", DroppedOther),
 		}},
 		{Name: "pod-ipv4", Rules: []Rule{
@@ -92,7 +94,8 @@ func Chains() []Chain {
 				slices.Concat(icmpv6(neighAdvert), find(true, ether, ndTarget))...),
 			own("ip6", unix.ETH_P_IPV6, ipv6Source),
 			// Who does not know yet whether an address is its own, asks from none, and says from none what it listens to.
-			accept("meta protocol ip6 ip6 saddr :: meta l4proto ipv6-icmp @th,0,8 135 iifname . ether saddr . icmpv6 taddr @ipv6",
+			accept("meta protocol ip6 ip6 saddr :: meta l4proto ipv6-icmp @th,0,8 135 "+
+				"iifname . ether saddr . icmpv6 taddr @ipv6",
 				fromNone(), icmpv6(neighSolicit), find(false, ether, ndTarget)),
 			accept("meta protocol ip6 ip6 saddr :: meta l4proto ipv6-icmp @th,0,8 143 iifname . ether saddr @macs",
 				fromNone(), icmpv6(mld2Report), findMAC()),
@@ -107,7 +110,8 @@ func Chains() []Chain {
 			accept("meta protocol arp iifname . ether saddr . arp saddr ip @ipv4 iifname . arp saddr ether . arp saddr ip @ipv4",
 				carries(unix.ETH_P_ARP), find(false, ether, arpSource), find(false, arpMAC, arpSource)),
 			// A probe asks for an address before it is taken (RFC 5227, section 2.1.1).
-			accept("meta protocol arp arp saddr ip 0.0.0.0 iifname . ether saddr . arp daddr ip @ipv4 iifname . arp saddr ether . arp daddr ip @ipv4",
+			accept("meta protocol arp arp saddr ip 0.0.0.0 iifname . ether saddr . arp daddr ip @ipv4 "+
+				"iifname . arp saddr ether . arp daddr ip @ipv4",
 				carries(unix.ETH_P_ARP), []Step{arpSource.load(unix.NFT_REG_1), equal(make([]byte, 4))},
 				find(false, ether, arpTarget), find(false, arpMAC, arpTarget)),
 			drop("", DroppedARP),
@@ -119,7 +123,8 @@ func Chains() []Chain {
 func sort(protocol string, number uint16, to string) Rule {
 	return Rule{
 		Words: fmt.Sprintf(`iifname "%s*" meta protocol %s goto %s`, Devices, protocol, to),
-		Steps: slices.Concat([]Step{meta(unix.NFT_META_IIFNAME), equal([]byte(Devices))}, carries(number), []Step{gotoChain(to)}),
+		Steps: slices.Concat([]Step{meta(unix.NFT_META_IIFNAME), equal([]byte(Devices))}, carries(number),
+			[]Step{gotoChain(to)}),
 	}
 }
 
@@ -136,7 +141,9 @@ func drop(words, reason string, match ...Step) Rule {
 	}
 	return Rule{
 		Words: words + "iifname @ports counter drop", Drops: reason,
-		Steps: slices.Concat(match, []Step{meta(unix.NFT_META_IIFNAME), lookup(Ports, false), {Name: "counter"}, verdict(nfDrop, "")}),
+		Steps: slices.Concat(match, []Step{
+			meta(unix.NFT_META_IIFNAME), lookup(Ports, false), {Name: "counter"}, verdict(nfDrop, ""),
+		}),
 	}
 }
 
@@ -191,9 +198,15 @@ func findMAC() []Step {
 
 func udp(from, to uint16) []Step {
 	ports := binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(nil, from), to)
-	return []Step{meta(unix.NFT_META_L4PROTO), equal([]byte{unix.IPPROTO_UDP}), payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 0, 4, unix.NFT_REG_1), equal(ports)}
+	return transport(unix.IPPROTO_UDP, ports)
 }
 
-func icmpv6(typ byte) []Step {
-	return []Step{meta(unix.NFT_META_L4PROTO), equal([]byte{unix.IPPROTO_ICMPV6}), payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 0, 1, unix.NFT_REG_1), equal([]byte{typ})}
+func icmpv6(typ byte) []Step { return transport(unix.IPPROTO_ICMPV6, []byte{typ}) }
+
+// transport matches what begins so behind the IP header.
+func transport(protocol byte, begins []byte) []Step {
+	return []Step{
+		meta(unix.NFT_META_L4PROTO), equal([]byte{protocol}),
+		payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 0, uint32(len(begins)), unix.NFT_REG_1), equal(begins),
+	}
 }

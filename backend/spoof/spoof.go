@@ -2,8 +2,8 @@
 // nftables, which judges each frame that a bridge takes in from a pod.
 //
 // It is pure, and made for two: the plugin adds a pod when it attaches it, the daemon keeps all of it as it should be.
-// What the table does not know is not judged. So a pod that is exempt is left out, and one of a plugin that knew nothing
-// of the table goes on to work.
+// What the table does not know is not judged. So a pod that is exempt is left out, and one of a plugin that knew
+// nothing of the table goes on to work.
 package spoof
 
 import (

@@ -34,7 +34,8 @@ func Make() []Message {
 		m.u32(unix.NFTA_SET_KEY_TYPE, s.KeyType())
 		m.u32(unix.NFTA_SET_KEY_LEN, s.keyLen())
 		m.u32(unix.NFTA_SET_ID, uint32(i+1)) // by which the rest of this transaction could name it
-		if s == Ports {                      // or nft prints no names: the keys' byte order is the host's (libnftnl, udata.h: NFTNL_UDATA_SET_KEYBYTEORDER)
+		if s == Ports {
+			// The keys' byte order is the host's, or nft prints no names (libnftnl: NFTNL_UDATA_SET_KEYBYTEORDER).
 			m.bytes(unix.NFTA_SET_USERDATA, binary.NativeEndian.AppendUint32([]byte{0, 4}, 1))
 		}
 		all = append(all, Message{unix.NFT_MSG_NEWSET, anew, m})
@@ -167,8 +168,8 @@ func ParseEntry(s Set, key []byte) (Entry, bool) {
 // A body is that of a message, or of an attribute that has others in it: attributes.
 type body []byte
 
-// message begins one about the bridge family (struct nfgenmsg, linux/netfilter/nfnetlink.h) with the table's name, as an
-// attribute of the given type.
+// message begins one about the bridge family (struct nfgenmsg, linux/netfilter/nfnetlink.h) with the table's name, as
+// an attribute of the given type.
 func message(typ uint16) body {
 	m := body{unix.NFPROTO_BRIDGE, unix.NFNETLINK_V0, 0, 0}
 	m.text(typ, Name)

@@ -90,8 +90,8 @@ func (r *Roster) read(s *store, veth string) (p page, keep bool, err error) {
 	return now, time.Since(now.saved) > fresh, nil
 }
 
-// Attending reports whether somebody is attaching or detaching the pod with that veth. Unlike Busy it says no of a pod that
-// has no record.
+// Attending reports whether somebody is attaching or detaching the pod with that veth. Unlike Busy it says no of a pod
+// that has no record.
 func Attending(runDir, veth string) bool {
 	s := &store{runDir: runDir}
 	h, err := s.hold(s.pod(veth), unix.LOCK_SH|unix.LOCK_NB)

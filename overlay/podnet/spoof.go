@@ -41,9 +41,9 @@ func NamespaceOf(args string) string {
 // ntfSticky is NTF_STICKY of linux/neighbour.h: the address stays behind its port, whoever else sends from it.
 const ntfSticky = 1 << 6
 
-// isolation are those settings of a bridge's port that keep its pod from filling the bridge's table, frames for others from
-// it, and those from other MACs than the bridge knows there from going on. Kernels before 5.18 do not know the last one,
-// and pass over it.
+// isolation are those settings of a bridge's port that keep its pod from filling the bridge's table, frames for others
+// from it, and those from other MACs than the bridge knows there from going on. Kernels before 5.18 do not know the
+// last one, and pass over it.
 func isolation(on bool) []*nl.RtAttr {
 	yes, no := byte(1), byte(0)
 	if !on {
@@ -58,7 +58,8 @@ func isolation(on bool) []*nl.RtAttr {
 
 // guard has the bridge know where the pod is, and nftables judge what it sends. The pod's end is not up yet.
 //
-// What nftables refuses keeps no pod from its network: the daemon makes good for it, or has told that this kernel cannot.
+// What nftables refuses keeps no pod from its network: the daemon makes good for it, or has told that this kernel
+// cannot.
 func (h *host) guard(v veth, held *hold) error {
 	if err := h.place(v, held.Index); err != nil {
 		return fmt.Errorf("bridge fdb replace %s dev %s master static sticky: %w", v.podMAC, v.name, err)
@@ -106,8 +107,8 @@ func (r record) ips() []netip.Addr {
 	return ips
 }
 
-// judge adds entries, and with them the table where it is missing: what it does not know it lets pass, so that it can be
-// there before other pods have theirs.
+// judge adds entries, and with them the table where it is missing: what it does not know it lets pass, so that it can
+// be there before other pods have theirs.
 func judge(entries []spoof.Entry) error {
 	nft, err := dialNFT()
 	if err != nil {
@@ -126,11 +127,11 @@ func judge(entries []spoof.Entry) error {
 }
 
 // removeJudged removes a pod's veth, and what nftables knows of it. Both wait for the same long moment, in which no
-// processor looks at what goes any more, so they wait together; and so that nothing gets past nftables meanwhile, nothing
-// is taken in from the pod to begin with.
+// processor looks at what goes any more, so they wait together; and so that nothing gets past nftables meanwhile,
+// nothing is taken in from the pod to begin with.
 //
-// What nftables knows of a pod whose record was lost does no harm: no other pod gets the name of the veth. The daemon takes
-// it away.
+// What nftables knows of a pod whose record was lost does no harm: no other pod gets the name of the veth. The daemon
+// takes it away.
 func (h *host) removeJudged(rec record) error {
 	if h.shut(rec) != nil { // it is gone, or no port
 		err := h.remove(rec.Veth, rec.Index)

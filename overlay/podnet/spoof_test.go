@@ -45,7 +45,8 @@ func misdeeds(p, to, third identity) []deed {
 	ll := p.mac.LinkLocal()
 	odd := arp(2, p.mac, third.ip4, to.mac, to.ip4)
 	odd[1] = 6 // IEEE 802, which Linux takes for Ethernet
-	frames := []deed{
+	advert := append([]byte{routerAdvert, 0, 0, 0, 64, 0, 7, 8}, make([]byte, 8)...)
+	return []deed{
 		{"another's MAC", ip4(p, third, "mac")},
 		{"a made up MAC", ether2(to.mac, other, unix.ETH_P_IP, packet4(p.ip4, to.ip4, udp4(9, 9, "made up")))},
 		{"another's IPv4", ip4(third, p, "ip")},
@@ -67,15 +68,16 @@ func misdeeds(p, to, third identity) []deed {
 		{"ARP of another form", ether2(to.mac, p.mac, unix.ETH_P_ARP, odd)},
 		{"ND answer for a neighbour", icmp(p.ip6, all6, p.mac, nd(neighAdvert, override, third.ip6, targetMAC, p.mac))},
 		{"ND answer for the gateway", icmp(ll, all6, p.mac, nd(neighAdvert, override, gateway6, targetMAC, p.mac))},
-		{"ND question in a neighbour's name", icmp(third.ip6, solicited, p.mac, nd(neighSolicit, 0, to.ip6, sourceMAC, p.mac))},
+		{"ND question in a neighbour's name", icmp(third.ip6, solicited, p.mac,
+			nd(neighSolicit, 0, to.ip6, sourceMAC, p.mac))},
 		{"ND probe for a neighbour's address", icmp(none, solicited, p.mac, nd(neighSolicit, 0, to.ip6, 0, p.mac))},
 		{"ND probe from a neighbour's MAC", icmp(none, solicited, third.mac, nd(neighSolicit, 0, p.ip6, 0, p.mac))},
 		{"MLD from a neighbour's MAC", icmp(none, netip.MustParseAddr("ff02::16"), third.mac,
 			append([]byte{mld2Report, 0, 0, 0, 0, 0, 0, 1, 4, 0, 0, 0}, solicited.AsSlice()...))},
 		{"IPv6 from nowhere", ip6(none, p.mac, "none")},
-		{"router advertisement", icmp(ll, all6, p.mac, append([]byte{routerAdvert, 0, 0, 0, 64, 0, 7, 8}, make([]byte, 8)...))},
+		{"router advertisement", icmp(ll, all6, p.mac, advert)},
 		{"router advertisement behind options", ether2(multicastMAC(all6), p.mac, unix.ETH_P_IPV6, behindOptions(
-			packet6(ll, all6, unix.IPPROTO_ICMPV6, 255, append([]byte{routerAdvert, 0, 0, 0, 64, 0, 7, 8}, make([]byte, 8)...))))},
+			packet6(ll, all6, unix.IPPROTO_ICMPV6, 255, advert)))},
 		{"DHCP answer", ether2(everybody(), p.mac, unix.ETH_P_IP,
 			packet4(p.ip4, netip.MustParseAddr("255.255.255.255"), udp4(67, 68, "offer")))},
 		{"DHCPv6 answer", ether2(to.mac, p.mac, unix.ETH_P_IPV6,
@@ -84,7 +86,6 @@ func misdeeds(p, to, third identity) []deed {
 		{"another's IPv4 behind a VLAN tag", tagged(ip4(third, p, "tagged"))},
 		{"another's IPv4 behind two VLAN tags", tagged(tagged(ip4(third, p, "tagged twice")))},
 	}
-	return frames
 }
 
 // tagged puts a VLAN tag into a frame (IEEE 802.1Q).
@@ -119,7 +120,8 @@ func owndeeds(p, to identity) []deed {
 		{"ARP probe", arps(everybody(), arp(1, p.mac, netip.IPv4Unspecified(), backend.MAC{}, p.ip4))},
 		{"ND question", icmp(p.ip6, solicited, nd(neighSolicit, 0, to.ip6, sourceMAC, p.mac))},
 		{"ND answer", icmp(p.ip6, all6, nd(neighAdvert, override, p.ip6, targetMAC, p.mac))},
-		{"ND answer of link-local", icmp(p.mac.LinkLocal(), all6, nd(neighAdvert, override, p.mac.LinkLocal(), targetMAC, p.mac))},
+		{"ND answer of link-local", icmp(p.mac.LinkLocal(), all6,
+			nd(neighAdvert, override, p.mac.LinkLocal(), targetMAC, p.mac))},
 		{"ND probe", icmp(none, solicited, nd(neighSolicit, 0, p.ip6, 0, p.mac))},
 		{"MLD before it has an address", icmp(none, netip.MustParseAddr("ff02::16"),
 			append([]byte{mld2Report, 0, 0, 0, 0, 0, 0, 1, 4, 0, 0, 0}, solicited.AsSlice()...))},

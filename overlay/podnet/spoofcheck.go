@@ -13,7 +13,8 @@ import (
 // unguarded names what is wrong with what keeps a pod to its own addresses. By then the daemon is about to repair it.
 func (h *host) unguarded(rec record, end link, spoofing Spoofing) (broken []error) {
 	if !h.placed(rec, end.Index) {
-		broken = append(broken, fmt.Errorf("the bridge does not know for good that %s is behind its port %s", rec.MAC, rec.Veth))
+		broken = append(broken, fmt.Errorf("the bridge does not know for good that %s is behind its port %s", rec.MAC,
+			rec.Veth))
 	}
 	if spoofing.Allows(rec.Namespace) {
 		return broken
