@@ -65,6 +65,8 @@ func misdeeds(p, to, third identity) []deed {
 		{"ARP from a neighbour's MAC", ether2(to.mac, third.mac, unix.ETH_P_ARP, arp(2, p.mac, p.ip4, to.mac, to.ip4))},
 		{"ARP probe for a neighbour's address", ether2(everybody(), p.mac, unix.ETH_P_ARP,
 			arp(1, p.mac, netip.IPv4Unspecified(), backend.MAC{}, to.ip4))},
+		{"ARP probe with a neighbour's MAC", ether2(everybody(), p.mac, unix.ETH_P_ARP,
+			arp(1, third.mac, netip.IPv4Unspecified(), backend.MAC{}, p.ip4))},
 		{"ARP of another form", ether2(to.mac, p.mac, unix.ETH_P_ARP, odd)},
 		{"ND answer for a neighbour", icmp(p.ip6, all6, p.mac, nd(neighAdvert, override, third.ip6, targetMAC, p.mac))},
 		{"ND answer for the gateway", icmp(ll, all6, p.mac, nd(neighAdvert, override, gateway6, targetMAC, p.mac))},
