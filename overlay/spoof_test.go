@@ -128,7 +128,7 @@ func TestKernelJudgesNoFrames(t *testing.T) {
 		n := newNode(t)
 		n.cluster.set()
 		n.kern.Fail(func(op backend.Op) error {
-			if op.What.Kind() == spoof.Kind {
+			if op.What.Kind() == "spoof" {
 				return c.err
 			}
 			return nil

@@ -19,9 +19,6 @@ import (
 	"tweed.dev/tweed/backend"
 )
 
-// Kind is that of all objects of this package.
-const Kind = "spoof"
-
 // Name is that of the table. Its family is bridge.
 const Name = "tweed"
 
@@ -84,10 +81,10 @@ type Pod struct {
 }
 
 // Kind implements backend.Object.
-func (Rules) Kind() string { return Kind }
+func (Rules) Kind() string { return "spoof" }
 
 // Kind implements backend.Object.
-func (Pod) Kind() string { return Kind }
+func (Pod) Kind() string { return "spoof" }
 
 // Command implements backend.Object. It takes nft 1.0.8 or later, which knows icmpv6 taddr.
 func (Rules) Command(do backend.Verb, _ backend.Object) string {
