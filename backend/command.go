@@ -229,8 +229,18 @@ func option(name string, value any, there bool) string {
 // Kind is "port".
 func (Port) Kind() string { return "port" }
 
-// Command is two commands of ip: only what is a port of a bridge already can be set as one.
-func (p Port) Command(Verb, Object) string {
-	return line("ip link set dev", p.Name, "master", p.Bridge, choose(p.Up, "up", "down")) +
-		then("ip link set dev", p.Name, "type bridge_slave hairpin", choose(p.Hairpin, "on", "off"))
+// Command is two commands of ip, because only what is a port of a bridge already can be set as one, and those of bridge
+// that make the MAC known. Others are for a person to list.
+func (p Port) Command(_ Verb, was Object) string {
+	onOff := func(name string, on bool) string { return name + " " + choose(on, "on", "off") }
+	commands := line("ip link set dev", p.Name, "master", p.Bridge, choose(p.Up, "up", "down")) +
+		then("ip link set dev", p.Name, "type bridge_slave", onOff("hairpin", p.Hairpin), onOff("locked", p.Locked),
+			onOff("learning", !p.NoLearning), onOff("flood", !p.NoFlood))
+	if old, _ := was.(Port); old.Others {
+		commands += then("bridge fdb flush dev", p.Name, "master")
+	}
+	if p.MAC != (MAC{}) {
+		commands += then("bridge fdb replace", p.MAC.String(), "dev", p.Name, "master static sticky")
+	}
+	return commands
 }

@@ -12,7 +12,7 @@ const (
 
 // Kinds lists what Object.Kind can say.
 func Kinds() []string {
-	return []string{"link", "address", "neighbour", "fdb", "route", "rule", "sysctl", "port", "filter", "set"}
+	return []string{"link", "address", "neighbour", "fdb", "route", "rule", "sysctl", "port", "filter", "set", "spoof"}
 }
 
 // An Object is one entry of a State or of a packet filter's Ruleset: a thing that can be added, changed and deleted.

@@ -195,6 +195,15 @@ type Port struct {
 	Bridge  string // which it is a port of; empty for none
 	Up      bool
 	Hairpin bool // send frames back to where they came from, so that a pod reaches itself by a service's address
+	// Locked takes frames from no MAC but those that the bridge knows to be there. Kernels before 5.18 cannot.
+	Locked bool
+	// NoLearning keeps the bridge from taking a MAC to be there because a frame comes from it, and NoFlood from sending
+	// there what is for a MAC that it does not know.
+	NoLearning, NoFlood bool
+	// MAC is the pod's, which the bridge knows to be there and nowhere else. The zero one stands for none.
+	MAC MAC
+	// Others is set where the bridge knows further MACs to be behind a port that is Locked.
+	Others bool
 }
 
 // MAC is a 48-bit hardware address. Unlike net.HardwareAddr it can be compared.

@@ -11,6 +11,7 @@ import (
 
 	"tweed.dev/tweed/backend/masq"
 	"tweed.dev/tweed/backend/vxlan"
+	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
 
@@ -26,6 +27,8 @@ type Config struct {
 	PacketFilter masq.Form
 	// NonMasquerade holds addresses that see pods by their own addresses, the pod network's apart.
 	NonMasquerade []netip.Prefix
+	// Spoofing says which pods may send as others than themselves.
+	Spoofing podnet.Spoofing
 }
 
 // BackendConfig says how packets reach other nodes.

@@ -33,8 +33,8 @@ func TestConfigThatCannotBeUsed(t *testing.T) {
 		{`{"network": "10.244.0.0/16"}`, "network: unknown key; did you mean Network? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "SubnetLenn": 24}`, "SubnetLenn: unknown key; did you mean SubnetLen?"},
 		{`{"Network": "10.244.0.0/16", "Colour": "blue"}`, "Colour: unknown key; known are Backend, EnableIPv4, EnableIPv6, " +
-			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, NonMasqueradeCIDRs, PacketFilter, Reserved, " +
-			"SubnetLen, SubnetMax, SubnetMin, SubnetSource, Underlay"},
+			"IPv6Network, IPv6SubnetLen, IPv6SubnetMax, IPv6SubnetMin, Network, NonMasqueradeCIDRs, PacketFilter, " +
+			"PodSpoofing, Reserved, SubnetLen, SubnetMax, SubnetMin, SubnetSource, Underlay"},
 		{`{"Network": "10.244.0.0/16", "Backend": {"Vni": 1}}`,
 			"Backend.Vni: unknown key; did you mean VNI? Upper and lower case matter"},
 		{`{"Network": "10.244.0.0/16", "Network": "10.244.0.0/16"}`,
@@ -112,6 +112,12 @@ SubnetLen 24: means nothing without IPv4; set "EnableIPv4": true, or remove the 
 		// Underlay and backend.
 		{`{"Network": "10.244.0.0/16", "Underlay": "IPv6"}`, `Underlay "IPv6": want "ipv4" or "ipv6"`},
 		{`{"Network": "10.244.0.0/16", "PacketFilter": "nft"}`, `PacketFilter "nft": want "iptables" or "nftables"`},
+		{`{"Network": "10.244.0.0/16", "PodSpoofing": true}`, "PodSpoofing true: " + wantSpoofing},
+		{`{"Network": "10.244.0.0/16", "PodSpoofing": ["lab"]}`, `PodSpoofing ["lab"]: ` + wantSpoofing},
+		{`{"Network": "10.244.0.0/16", "PodSpoofing": {"allow": []}}`, "PodSpoofing: " + wantSpoofing},
+		{`{"Network": "10.244.0.0/16", "PodSpoofing": {"allow": ["lab"], "deny": ["x"]}}`, "PodSpoofing: " + wantSpoofing},
+		{`{"Network": "10.244.0.0/16", "PodSpoofing": {"allow": ["Lab"]}}`,
+			`PodSpoofing: "Lab" is no name of a namespace: a namespace has up to 63 of a-z, 0-9 and -`},
 		{`{"Network": "10.244.0.0/16", "NonMasqueradeCIDRs": "10.0.0.0/8"}`,
 			`NonMasqueradeCIDRs "10.0.0.0/8": want a list of prefixes, such as ["10.0.0.0/8"]`},
 		{`{"Network": "10.244.0.0/16", "NonMasqueradeCIDRs": ["10.0.0.0/8", "10.0.0.1"]}`,
@@ -190,7 +196,8 @@ func TestSmallestConfigIsCompletedByDefaults(t *testing.T) {
 		t.Errorf("backend is %+v", c.Backend)
 	}
 	if len(c.Network) != 1 || c.Network[0].Len != 24 || c.Network[0].Count() != 256 || c.Underlay != 0 ||
-		c.SubnetSource != subnet.OriginAuto || c.PacketFilter != masq.IPTables || c.NonMasquerade != nil {
+		c.SubnetSource != subnet.OriginAuto || c.PacketFilter != masq.IPTables || c.NonMasquerade != nil ||
+		c.Spoofing.All || c.Spoofing.Namespaces != nil {
 		t.Errorf("%+v", c)
 	}
 }
@@ -203,6 +210,7 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 		"Reserved": ["10.11.0.0/16", "fc00:1:1::/48", "10.12.0.0/16"],
 		"Underlay": "ipv6",
 		"SubnetSource": "lease", "PacketFilter": "nftables", "NonMasqueradeCIDRs": ["192.0.2.0/24", "::/0"],
+		"PodSpoofing": {"allow": ["metallb-system", "lab", "lab"]},
 		"Backend": {
 			"Type": "vxlan", "VNI": 16777215, "Port": 4789, "MTU": 9000, "DirectRouting": true, "ChecksumOffload": "off",
 			"Guard": true, "AcceptPeers": true
@@ -235,6 +243,9 @@ func TestEveryKeyReachesItsPlace(t *testing.T) {
 	exceptions := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("::/0")}
 	if c.PacketFilter != masq.NFTables || !slices.Equal(c.NonMasquerade, exceptions) {
 		t.Errorf("packet filter by %s, without masquerading %v", c.PacketFilter, c.NonMasquerade)
+	}
+	if s := c.Spoofing; s.All || !slices.Equal(s.Namespaces, []string{"lab", "metallb-system"}) {
+		t.Errorf("spoofing is %+v", s)
 	}
 }
 

@@ -32,6 +32,7 @@ func (d *draft) keys() map[string]setter {
 			&d.SubnetSource),
 		"PacketFilter":       oneOf([]masq.Form{masq.IPTables, masq.NFTables}, &d.PacketFilter),
 		"NonMasqueradeCIDRs": prefixes("10.0.0.0/8", &d.NonMasquerade),
+		"PodSpoofing":        podSpoofing(&d.Spoofing),
 		"Backend": func(v json.RawMessage) error {
 			d.object("Backend", v, d.backendKeys(), flannelBackendKeys())
 			return nil

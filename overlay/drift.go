@@ -10,7 +10,8 @@ import (
 
 // sameKernel reports whether d and e want the same of the kernel.
 func (d desired) sameKernel(e desired) bool {
-	return d.state.Equal(e.state) && reflect.DeepEqual(d.filter, e.filter)
+	return d.state.Equal(e.state) && reflect.DeepEqual(d.filter, e.filter) &&
+		reflect.DeepEqual(d.info.Spoofing, e.info.Spoofing)
 }
 
 // barred names the nodes that strangers keep from being reached; all of them where one has the device's place.

@@ -115,6 +115,7 @@ func fightText(command, kind string) string {
 		"/etc/systemd/networkd.conf.d/10-tweed.conf (ManageForeignRoutes=no; docs/install.md)"
 	const unmanaged = "; look for systemd-networkd (which stops with /etc/systemd/network/10-tweed.network), " +
 		"NetworkManager (/etc/NetworkManager/conf.d/10-tweed.conf; both in docs/install.md) and other pod networks"
+	const firewall = "; look for a firewall that is written anew again and again: firewalld, ufw, a script"
 	suspects := map[string]string{
 		"route":     networkd,
 		"rule":      networkd,
@@ -124,7 +125,8 @@ func fightText(command, kind string) string {
 		"neighbour": "; look for another pod network's daemon, or a script",
 		"fdb":       "; look for another pod network's daemon, or a script",
 		"sysctl":    "; look for the setting in /etc/sysctl.d, and in what tunes or hardens this host",
-		"filter":    "; look for a firewall that is written anew again and again: firewalld, ufw, a script",
+		"filter":    firewall,
+		"spoof":     firewall,
 	}
 	return fmt.Sprintf("something on this node undoes what `%s` does: it was necessary %d times and more, each within "+
 		"%v minutes of the time before%s", command, oftenEnough, calm.Minutes(),

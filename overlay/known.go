@@ -15,6 +15,7 @@ import (
 type known struct {
 	filter masq.Ruleset
 	told   []subnet.Problem // what is wrong there all the same
+	pods   int              // how many objects there are for those of this node
 }
 
 // PlanChange is Plan for where nothing but the list of leases has changed since the last plan: it compares what the kernel
@@ -32,13 +33,13 @@ func (p *Planner) PlanChange() (Plan, bool) {
 	if err != nil || !reflect.DeepEqual(node, p.last.node) {
 		return Plan{}, false
 	}
-	have, found := p.known, p.desired.len()
+	have, found := *p.known, p.desired.len()
 	ops, ok := p.amend(list)
 	if !ok {
 		ops = p.renew(list)
 	}
 	plan := p.plan(list)
-	plan.Ops, plan.Wanted, plan.Found = ops, p.desired.len(), found
+	plan.Ops, plan.Wanted, plan.Found = ops, p.desired.len()+have.pods, found+have.pods
 	plan.Problems = append(plan.Problems, have.told...)
 	return plan, true
 }
@@ -50,7 +51,9 @@ func (p *Planner) renew(list subnet.List) []backend.Op {
 	in.generation = list.Generation
 	p.want(in, list)
 	ops, _ := backend.Diff(p.desired.state, backend.Observed{State: was})
-	ops = append(masq.Diff(p.desired.filter, p.known.filter), ops...)
+	filter := p.desired.filter
+	filter.Spoof = p.known.filter.Spoof // it follows the pods, not the leases
+	ops = append(masq.Diff(filter, p.known.filter), ops...)
 	if len(ops) > 0 {
 		p.known = nil
 	}
@@ -95,6 +98,7 @@ func (p *Planner) amend(list subnet.List) (ops []backend.Op, ok bool) {
 func (p *Planner) amendFilter(was, now masq.Ruleset) []backend.Op {
 	want, have := p.desired.filter, p.known.filter
 	want.Sets, have.Sets = now.Sets, was.Sets
+	want.Spoof = have.Spoof // as in renew
 	ops := masq.Diff(want, have)
 	for s, addrs := range p.desired.filter.Sets {
 		for a := range was.Sets[s] {

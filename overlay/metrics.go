@@ -16,6 +16,7 @@ import (
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
+	"tweed.dev/tweed/backend/spoof"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
@@ -108,7 +109,7 @@ func (m *meter) handler() http.Handler {
 type gauges struct {
 	r *Reconciler
 
-	leases, wanted, programmed, listAge, used, free, problems, drops *prometheus.Desc
+	leases, wanted, programmed, listAge, used, free, problems, drops, spoofs *prometheus.Desc
 }
 
 func newGauges(r *Reconciler) *gauges {
@@ -126,13 +127,15 @@ func newGauges(r *Reconciler) *gauges {
 		problems:   desc("problems", "What is wrong, on this node and with others, by kind.", "kind"),
 		drops: desc("guard_drops_total", "Packets to the tunnel's port that were dropped, by what they were dropped for.",
 			"reason"),
+		spoofs: desc("spoof_drops_total", "Frames of pods in others' names that were dropped, by what gave them away.",
+			"reason"),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (g *gauges) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		g.leases, g.wanted, g.programmed, g.listAge, g.used, g.free, g.problems, g.drops,
+		g.leases, g.wanted, g.programmed, g.listAge, g.used, g.free, g.problems, g.drops, g.spoofs,
 	} {
 		ch <- d
 	}
@@ -158,13 +161,9 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	for kind, n := range rep.problemsByKind() {
 		gauge(g.problems, float64(n), kind)
 	}
-	dropped, err := g.dropped(c.counted)
-	if err != nil {
-		ch <- prometheus.NewInvalidMetric(g.drops, err)
-	}
-	for reason, n := range dropped {
-		ch <- prometheus.MustNewConstMetric(g.drops, prometheus.CounterValue, float64(n), reason)
-	}
+	guard, pods := apart(c.counted)
+	g.collectDrops(ch, g.drops, guard, masq.Reasons())
+	g.collectDrops(ch, g.spoofs, pods, spoof.Reasons())
 	usage, err := podnet.UsageOf(g.r.planner.RunDir, c.subnets)
 	if err != nil {
 		ch <- prometheus.NewInvalidMetric(g.used, err)
@@ -175,14 +174,26 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// dropped adds up the counters of the guard. A chain that holds other rules than it should, for as long as nobody has
-// looked, counts nothing. There is nothing to tell where nothing is guarded.
-func (g *gauges) dropped(counted map[masq.Chain][]string) (map[string]uint64, error) {
+// collectDrops tells what some chains have dropped packets for.
+func (g *gauges) collectDrops(ch chan<- prometheus.Metric, d *prometheus.Desc, counted map[masq.Chain][]string,
+	reasons []string) {
+	dropped, err := g.dropped(counted, reasons)
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(d, err)
+	}
+	for reason, n := range dropped {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), reason)
+	}
+}
+
+// dropped adds up the counters of some chains. A chain that holds other rules than it should, for as long as nobody has
+// looked, counts nothing. There is nothing to tell where there are no chains.
+func (g *gauges) dropped(counted map[masq.Chain][]string, all []string) (map[string]uint64, error) {
 	if len(counted) == 0 {
 		return nil, nil
 	}
 	n := map[string]uint64{}
-	for _, reason := range masq.Reasons() {
+	for _, reason := range all {
 		n[reason] = 0
 	}
 	for chain, reasons := range counted {

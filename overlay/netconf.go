@@ -203,6 +203,7 @@ func goLive(before, now Config) []difference {
 		{"Underlay", underlayName(before.Underlay), underlayName(now.Underlay)},
 		{"PacketFilter", before.PacketFilter, now.PacketFilter},
 		{"NonMasqueradeCIDRs", fmt.Sprint(before.NonMasquerade), fmt.Sprint(now.NonMasquerade)},
+		{"PodSpoofing", spoofingName(before.Spoofing), spoofingName(now.Spoofing)},
 		{"Backend.Type", b.Type, c.Type},
 		{"Backend.VNI", b.VNI, c.VNI},
 		{"Backend.Port", b.Port, c.Port},

@@ -357,6 +357,8 @@ func TestChangedKeyThatNobodyNames(t *testing.T) {
 			v.SetInt(v.Int() + 6)
 		case reflect.Slice:
 			v.Set(reflect.ValueOf([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}))
+		case reflect.Struct:
+			v.Set(reflect.ValueOf(podnet.Spoofing{Namespaces: []string{"lab"}}))
 		default:
 			v.SetUint(v.Uint() + 6)
 		}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"reflect"
@@ -48,6 +49,7 @@ type Planner struct {
 	renewed bool           // no plan has compared the kernel with desired yet
 	known   *known         // nil where only a look can tell
 	netConf netConf
+	roster  podnet.Roster
 	grown   subnet.Network // as Plan.Grown, until a plan tells of it
 	changes []difference   // as Plan.Changes, likewise
 }
@@ -199,11 +201,10 @@ func (p *Planner) plan(list subnet.List) Plan {
 // compare holds the kernel against what is desired. Neither of the two halves waits for the other: where one cannot be read, a
 // Problem says so, and the other is planned. It fails where neither can be read.
 func (p *Planner) compare(ctx context.Context, plan *Plan) error {
-	node, want := p.last.node.Name, p.desired
-	plan.Wanted = want.len()
-	told := len(plan.Problems)
-	filter, filterErr := p.compareFilter(ctx, want, plan)
-	strangers, stateErr := p.compareState(ctx, want, plan)
+	node, want, told := p.last.node.Name, p.desired, len(plan.Problems)
+	here := p.pods(want.info.Spoofing)
+	filter, filterErr := p.compareFilter(ctx, want, here, plan)
+	strangers, stateErr := p.compareState(ctx, want, here, plan)
 	if filterErr != nil && stateErr != nil {
 		return errors.Join(filterErr, stateErr)
 	}
@@ -212,15 +213,23 @@ func (p *Planner) compare(ctx context.Context, plan *Plan) error {
 		plan.Unread, plan.Blocked, plan.Blind = 1, true, stateErr != nil
 	}
 	if len(plan.Ops) == 0 && !plan.Blocked && strangers == 0 {
-		p.known = &known{filter, slices.Clone(plan.Problems[told:])}
+		p.known = &known{filter, slices.Clone(plan.Problems[told:]), plan.Wanted - want.len()}
 	}
 	return nil
 }
 
-func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) (masq.Ruleset, error) {
+func (p *Planner) compareFilter(ctx context.Context, want desired, here inhabitants, plan *Plan) (masq.Ruleset, error) {
 	rules, err := p.Kernel.ObserveFilter(ctx, want.filter)
 	if err != nil {
+		plan.Wanted += want.filter.Len()
 		return rules, fmt.Errorf("reading the packet filter: %w", err)
+	}
+	here.judgeAll(&want.filter, rules)
+	plan.Wanted += want.filter.Len()
+	if rules.Unjudged != "" && want.filter.Spoof.Made {
+		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindPods, Text: fmt.Sprintf(
+			"what pods send is not judged (%s): those that have CAP_NET_RAW can send in each other's names; boot a kernel with "+
+				"nf_tables, or have PodSpoofing in net-conf.json allow it", rules.Unjudged)})
 	}
 	for _, drop := range rules.Drops {
 		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindPods, Text: drop})
@@ -229,16 +238,17 @@ func (p *Planner) compareFilter(ctx context.Context, want desired, plan *Plan) (
 		plan.Problems = append(plan.Problems, subnet.Problem{Node: p.last.node.Name, Kind: subnet.KindStranger, Text: taken})
 		plan.Blocked = true
 	}
-	plan.Ops = append(plan.Ops, masq.Diff(want.filter, rules)...)
+	plan.Ops = append(plan.Ops, slices.DeleteFunc(masq.Diff(want.filter, rules), p.inUse)...)
 	plan.Found += rules.Len()
 	return rules, nil
 }
 
 // compareState also counts the strangers.
-func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) (strangers int, err error) {
-	if want.state.Ports, err = p.ports(); err != nil {
-		return 0, err
+func (p *Planner) compareState(ctx context.Context, want desired, here inhabitants, plan *Plan) (strangers int, err error) {
+	if want.state.Ports = here.ports; here.err != nil {
+		return 0, here.err
 	}
+	plan.Wanted += want.state.Len()
 	have, err := p.Kernel.Observe(ctx, want.state)
 	if err != nil {
 		return 0, fmt.Errorf("reading the kernel's network state: %w", err)
@@ -254,26 +264,6 @@ func (p *Planner) compareState(ctx context.Context, want desired, plan *Plan) (s
 	plan.Barred = want.barred(problems, have.Strangers)
 	plan.Found += have.Len()
 	return len(have.Strangers), nil
-}
-
-// ports says how the pods' ends on this host should be. They are no part of what is desired: they come and go all the
-// time without a pass.
-func (p *Planner) ports() (map[string]backend.Port, error) {
-	veths, err := podnet.Veths(p.RunDir)
-	if err != nil {
-		return nil, fmt.Errorf("reading which pods there are: %w", err)
-	}
-	ports := make(map[string]backend.Port, len(veths))
-	for _, v := range veths {
-		ports[v] = backend.Port{Name: v, Bridge: BridgeName, Up: true, Hairpin: true}
-	}
-	return ports, nil
-}
-
-// inUse reports whether op is for a port that a plugin is at work on just now.
-func (p *Planner) inUse(op backend.Op) bool {
-	port, ok := op.What.(backend.Port)
-	return ok && podnet.Busy(p.RunDir, port.Name)
 }
 
 // inputs gathers what the desired state depends on. Where the node or the uplink cannot be told any more, those of the
@@ -357,7 +347,7 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 	d.info = podnet.NodeInfo{
 		Node: in.node.Name, Networks: p.Config.Network.Prefixes(), Subnets: in.node.Subnets,
 		Bridge: BridgeName, Device: w.device, MTU: w.mtu,
-		PacketFilter: string(p.Config.PacketFilter),
+		PacketFilter: string(p.Config.PacketFilter), Spoofing: p.Config.Spoofing,
 	}
 	for _, s := range in.node.Subnets {
 		d.info.Gateways = append(d.info.Gateways, bridge.Gateway(s))
@@ -378,7 +368,10 @@ func (p *Planner) desire(in inputs, list subnet.List) (d desired) {
 		Underlay: masq.FamilyOf(in.uplink.Local),
 	}
 	d.filter = d.filteredFor(peers)
-	d.counted = d.filter.Counted()
+	d.filter.Spoof.Made = !d.info.Spoofing.All
+	if d.counted = d.filter.Counted(); d.filter.Spoof.Made {
+		maps.Copy(d.counted, spoofCounted())
+	}
 	d.warn(in)
 	return d
 }

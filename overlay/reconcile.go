@@ -3,6 +3,7 @@ package overlay
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -11,6 +12,7 @@ import (
 
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
+	"tweed.dev/tweed/backend/spoof"
 	"tweed.dev/tweed/overlay/podnet"
 	"tweed.dev/tweed/subnet"
 )
@@ -396,7 +398,8 @@ func (res *result) note(op backend.Op, err error) {
 		return
 	}
 	res.of = append(res.of, failed)
-	res.blocked = res.blocked || op.Peer == ""
+	// Without what no kernel of this kind has, pods work all the same.
+	res.blocked = res.blocked || op.Peer == "" && !errors.Is(err, spoof.ErrUnsupported)
 	res.problems = append(res.problems, subnet.Problem{
 		Node: op.Peer, Kind: subnet.KindKernel, Text: fmt.Sprintf("%s: %v", op, err)})
 }

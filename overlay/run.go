@@ -54,6 +54,7 @@ func (r *Reconciler) Sweep(ctx context.Context) error {
 		}
 		if len(freed) > 0 {
 			r.log.Info("freed addresses of pods that are gone", "addresses", freed)
+			r.Ring() // for what nftables knows of them
 		}
 		if !sleep(ctx, slow) {
 			return nil

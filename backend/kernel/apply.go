@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
+	"tweed.dev/tweed/backend/spoof"
 )
 
 // Apply makes one change. The error says why the kernel refused; what was to be done is for the caller to say.
@@ -54,7 +55,8 @@ func (k *Kernel) apply(op backend.Op) error {
 		return k.applySysctl(op.Do, o)
 	case backend.Port:
 		return k.applyPort(o)
-	case masq.Table, masq.Set, masq.Members, masq.Chain, masq.Jump, masq.Entry, masq.Guest:
+	case masq.Table, masq.Set, masq.Members, masq.Chain, masq.Jump, masq.Entry, masq.Guest,
+		spoof.Rules, spoof.Pod:
 		return k.formOf(o).apply(op)
 	}
 	return fmt.Errorf("the kernel has no %s", op.What.Kind())

@@ -145,32 +145,6 @@ func (k *Kernel) changeLink(index int, have, want backend.Link) error {
 	return nil
 }
 
-// applyPort opens a port. What makes it a port goes first: before, the kernel knows nothing of hairpins.
-func (k *Kernel) applyPort(p backend.Port) error {
-	bridge, err := k.indexOf(p.Bridge)
-	if err != nil {
-		return err
-	}
-	now, err := k.linkByName(p.Name)
-	if err != nil {
-		return err
-	}
-	if now.group != backend.Owner || !now.is(backend.KindVeth) {
-		return fmt.Errorf("%s is not ours any more (%s, group %d)", p.Name, kindName(now), now.group)
-	}
-	m := linkMessage(now.index, upFlag(p.Up), unix.IFF_UP)
-	m.u32(unix.IFLA_MASTER, uint32(bridge))
-	if err := k.conn.do(unix.RTM_NEWLINK, 0, m); err != nil {
-		return err
-	}
-	m = linkMessage(now.index, 0, 0)
-	m.nest(unix.IFLA_LINKINFO, func(m *message) {
-		m.bytes(unix.IFLA_INFO_SLAVE_KIND, []byte(backend.KindBridge))
-		m.nest(unix.IFLA_INFO_SLAVE_DATA, func(m *message) { m.bool(unix.IFLA_BRPORT_MODE, p.Hairpin) })
-	})
-	return k.conn.do(unix.RTM_NEWLINK, 0, m)
-}
-
 // changeCommon changes what every kind of link has.
 func (k *Kernel) changeCommon(index int, have, want backend.Link) error {
 	m := linkMessage(index, 0, 0)

@@ -222,6 +222,7 @@ func exam(t *testing.T, newHost func(*testing.T) host) {
 		{"FilterChangesItsForm", askForms},
 		{"SetsAreFilledAndEmptied", askSets},
 		{"PortIsGuarded", askGuard},
+		{"PodsAreJudged", askSpoof},
 		{"NodesAreKnown", askNodes},
 		{"RouteOfOthersIsInOurTable", askRouteOfOthers},
 		{"RuleOfOthersLeadsToOurTable", askRuleOfOthers},
@@ -644,7 +645,8 @@ func askPorts(t *testing.T, h host) {
 	h.addPort("pod2")
 	want := sample()
 	want.Ports = map[string]backend.Port{
-		"pod1":  {Name: "pod1", Bridge: bridge, Up: true, Hairpin: true},
+		"pod1": {Name: "pod1", Bridge: bridge, Up: true, Hairpin: true, Locked: true, NoLearning: true, NoFlood: true,
+			MAC: backend.MAC{0x0a, 0x58, 10, 244, 1, 2}},
 		"never": {Name: "never", Bridge: bridge, Up: true, Hairpin: true},
 	}
 	for range 2 {

@@ -165,6 +165,9 @@ func (f *Fake) SetFilterHost(c masq.Chain, h masq.Host) {
 func (f *Fake) RuleCounts(ctx context.Context, c masq.Chain) ([]uint64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if c.Family == masq.Bridge {
+		return slices.Clone(f.counts[c]), ctx.Err()
+	}
 	counts := make([]uint64, len(f.filter.Chains[c]))
 	copy(counts, f.counts[c])
 	return counts, ctx.Err()
@@ -454,6 +457,7 @@ func (f *Fake) applyPort(p backend.Port) error {
 	if _, bridge := f.own.Links[p.Bridge]; !there || !bridge {
 		return syscall.ENODEV
 	}
+	p.Others = false
 	f.own.Ports[p.Name] = p
 	return nil
 }

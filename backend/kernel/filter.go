@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
+	"tweed.dev/tweed/backend/spoof"
 )
 
 // A filter is the packet filter by way of one variant of iptables, and what was last read of it. To read starts a
@@ -51,8 +52,11 @@ func newFilters(k *Kernel) map[masq.Variant]*filter {
 func (k *Kernel) ObserveFilter(ctx context.Context, want masq.Ruleset) (masq.Ruleset, error) {
 	have := emptyRuleset()
 	// A kernel without nftables holds nothing in that form.
-	if err := k.nft.observe(ctx, want, &have); err != nil && want.Has(masq.NFTables) {
-		return masq.Ruleset{}, err
+	if err := k.nft.observe(ctx, want, &have); err != nil {
+		if want.Has(masq.NFTables) {
+			return masq.Ruleset{}, err
+		}
+		have.Unjudged = err.Error()
 	}
 	ctx, hurry := context.WithTimeout(ctx, patience)
 	defer hurry()
@@ -133,23 +137,36 @@ func emptyRuleset() masq.Ruleset {
 	}
 }
 
-// heardFilter reports whether m tells of a change of nftables, which iptables makes too in its newer form, where rules of
-// ours stand or may have to. What kube-proxy does with its own chains is none of our business.
-func heardFilter(m syscall.NetlinkMessage) bool {
+// A filterEar tells which changes of nftables matter, which iptables makes too in its newer form: where rules of ours
+// stand or may have to. What kube-proxy does with its own chains is none of our business.
+type filterEar struct {
+	// judging is set while the table that judges pods is changed. By whom comes last.
+	judging bool
+}
+
+// pluginName is that of the process that attaches pods, and changes the table for them.
+const pluginName = "tweed-cni"
+
+func (e *filterEar) heard(m syscall.NetlinkMessage) bool {
 	if m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES {
 		return false
 	}
-	switch b := nfBody(m.Data); m.Header.Type & 0xff {
-	case unix.NFT_MSG_NEWCHAIN, unix.NFT_MSG_DELCHAIN:
+	b := nfBody(m.Data)
+	switch msg := m.Header.Type & 0xff; {
+	case msg == unix.NFT_MSG_NEWGEN: // it ends what the others began
+		judging := e.judging
+		e.judging = false
+		return judging && getString(attr(b, unix.NFTA_GEN_PROC_NAME)) != pluginName
+	case len(m.Data) > 0 && m.Data[0] == unix.NFPROTO_BRIDGE: // all that these messages tell of has its table first
+		e.judging = e.judging || getString(attr(b, unix.NFTA_TABLE_NAME)) == spoof.Name
+		return false
+	case msg == unix.NFT_MSG_NEWCHAIN, msg == unix.NFT_MSG_DELCHAIN:
 		c := parseNFTChain(m.Data)
 		return concerns(c.table, c.name) || c.base && c.hook == unix.NF_INET_FORWARD && c.policy == nfDrop
-	case unix.NFT_MSG_NEWRULE, unix.NFT_MSG_DELRULE:
+	case msg == unix.NFT_MSG_NEWRULE, msg == unix.NFT_MSG_DELRULE:
 		return concerns(getString(attr(b, unix.NFTA_RULE_TABLE)), getString(attr(b, unix.NFTA_RULE_CHAIN)))
-	case unix.NFT_MSG_NEWGEN:
-		return false // it ends what the others began
-	default: // of tables, sets and elements, which all have their table first
-		return getString(attr(b, unix.NFTA_TABLE_NAME)) == masq.OwnTable
 	}
+	return getString(attr(b, unix.NFTA_TABLE_NAME)) == masq.OwnTable
 }
 
 // concerns reports whether rules of ours stand in a chain, or may have to, or whether it says which iptables is in use.

@@ -23,6 +23,8 @@ type Options struct {
 	SysctlRoot string
 	// Log gets what a person should know but need not act on; nothing is logged if it is nil.
 	Log *slog.Logger
+	// NoPortLocks has ports of bridges treated as a kernel before 5.18 does, which cannot lock them.
+	NoPortLocks bool
 }
 
 // A Kernel is the kernel of this host, in one network namespace. Its methods can be called by several goroutines, but
@@ -36,6 +38,9 @@ type Kernel struct {
 	nft     *nftables
 	sets    *ipsets
 	seed    maphash.Seed // of memory's digests
+	// noLocks is Options.NoPortLocks, and lockless says once that there are none.
+	noLocks  bool
+	lockless sync.Once
 
 	mu    sync.Mutex
 	index map[string]int               // of links, as last seen
@@ -72,6 +77,7 @@ func New(o Options) (*Kernel, error) {
 	k := &Kernel{
 		conn: c, ioctl: fd, root: o.SysctlRoot, log: o.Log, nft: dialNFT(), sets: dialIPSet(), index: map[string]int{},
 		inUse: map[masq.Family]masq.Variant{}, named: map[string]masq.Variant{}, seed: maphash.MakeSeed(),
+		noLocks: o.NoPortLocks,
 	}
 	k.filters = newFilters(k)
 	return k, nil

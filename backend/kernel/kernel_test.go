@@ -368,11 +368,11 @@ func FuzzParsers(f *testing.F) {
 		for _, family := range families() {
 			_, _ = parseLegacy(layoutOf(family), b[:min(len(b), sizeofIptInfo)], b[min(len(b), sizeofIptInfo):])
 		}
-		heardFilter(syscall.NetlinkMessage{
+		new(filterEar).heard(syscall.NetlinkMessage{
 			Header: syscall.NlMsghdr{Type: nftType(unix.NFT_MSG_NEWRULE)}, Data: b})
 		for typ := range uint16(200) {
 			w := &watcher{kernel: &Kernel{}, uplink: func(string) bool { return true }, links: map[int]link{},
-				addrs: map[addrAt]uint32{}, forwarding: map[[2]int]uint32{}}
+				addrs: map[addrAt]uint32{}, closed: map[int]bool{}, forwarding: map[[2]int]uint32{}}
 			w.heard(syscall.NetlinkMessage{Header: syscall.NlMsghdr{Type: typ}, Data: b})
 		}
 	})

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend/masq"
+	"tweed.dev/tweed/backend/spoof"
 )
 
 const (
@@ -42,6 +43,7 @@ type nftReading struct {
 	tables     map[masq.Table]bool
 	sets       map[masq.Set]nftSet     // of our tables
 	chains     map[masq.Chain]nftChain // those of ours and of our hosts that are there
+	spoof      spoof.Table
 }
 
 func dialNFT() *nftables {
@@ -103,6 +105,9 @@ func (n *nftables) read() (*nftReading, error) {
 			if err == nil {
 				err = n.readFamily(family, now)
 			}
+		}
+		if err == nil {
+			now.spoof, err = n.readSpoof()
 		}
 		if err == nil {
 			generation, err = n.generation()
@@ -302,6 +307,7 @@ func wayOut(want masq.Ruleset, family uint8, command string) string {
 
 // translate tells what was read in terms of what is wanted.
 func (s *nftReading) translate(want masq.Ruleset, have *masq.Ruleset) {
+	have.Spoof = s.spoof
 	for t := range s.tables {
 		have.Tables[t] = true
 	}

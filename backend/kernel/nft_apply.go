@@ -7,13 +7,14 @@ import (
 	"golang.org/x/sys/unix"
 	"tweed.dev/tweed/backend"
 	"tweed.dev/tweed/backend/masq"
+	"tweed.dev/tweed/backend/spoof"
 )
 
 // apply makes one change. If it cannot be made, what was read before counts no more: the change was planned from it.
 func (n *nftables) apply(op backend.Op) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	err := n.transact(op)
+	err := explainSpoof(op, n.transact(op))
 	if err != nil {
 		n.seen = nil
 	}
@@ -62,6 +63,8 @@ func (n *nftables) changes(op backend.Op) ([]nftChange, error) {
 		return n.changeEntry(op.Do, o)
 	case masq.Guest:
 		return n.changeGuest(op.Do, o)
+	case spoof.Rules, spoof.Pod:
+		return spoofChanges(op.Do, o), nil
 	}
 	return nil, fmt.Errorf("nftables has no %s", op.What.Kind())
 }

@@ -40,8 +40,11 @@ func nfBody(b []byte) []byte { return b[min(len(b), sizeofNfgenmsg):] }
 func nftType(msg int) uint16 { return unix.NFNL_SUBSYS_NFTABLES<<8 | uint16(msg) }
 
 func nfproto(f masq.Family) uint8 {
-	if f == masq.IPv4 {
+	switch f {
+	case masq.IPv4:
 		return unix.NFPROTO_IPV4
+	case masq.Bridge:
+		return unix.NFPROTO_BRIDGE
 	}
 	return unix.NFPROTO_IPV6
 }

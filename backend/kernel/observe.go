@@ -366,27 +366,6 @@ func (s *survey) lookAtSysctls() error {
 	return nil
 }
 
-// lookAtPorts reads those ports in want that are there.
-func (s *survey) lookAtPorts() error {
-	s.have.Ports = make(map[string]backend.Port, len(s.want.Ports))
-	if len(s.want.Ports) == 0 {
-		return nil
-	}
-	veths, err := s.links(string(backend.KindVeth))
-	if err != nil {
-		return err
-	}
-	for _, l := range veths {
-		if _, wanted := s.want.Ports[l.name]; wanted && l.group == backend.Owner {
-			// A master that is not a bridge of ours has no name here.
-			s.have.Ports[l.name] = backend.Port{
-				Name: l.name, Bridge: s.ours[l.master].name, Up: l.up, Hairpin: l.hairpin,
-			}
-		}
-	}
-	return nil
-}
-
 func (k *Kernel) readSysctl(name string) (string, error) {
 	b, err := os.ReadFile(filepath.Join(k.root, name))
 	if err != nil {

@@ -35,6 +35,9 @@ type link struct {
 	// Of a port of another device: that device's index, and whether frames go back to where they came from.
 	master  int
 	hairpin bool
+	// As in backend.Port, and whether the kernel knows of locks.
+	locked, noLearning, noFlood bool
+	hasLock                     bool
 
 	bridge backend.Bridge
 	// Whether the kernel knows the bridge's attributes of the same names.
@@ -50,6 +53,10 @@ func (l link) is(kind backend.LinkKind) bool { return l.kind == string(kind) }
 
 // underlay6 reports whether the VXLAN device l sends over IPv6.
 func (l link) underlay6() bool { return l.local.Is6() || l.remote6 }
+
+// closed reports whether l is a port that takes nothing from other MACs than are known to be there, as far as the
+// kernel can keep it from that.
+func (l link) closed() bool { return l.noLearning && l.noFlood && (l.locked || !l.hasLock) }
 
 // parseLink reads the body of an RTM_NEWLINK or RTM_DELLINK message.
 func parseLink(b []byte) (link, bool) {
@@ -77,6 +84,8 @@ func parseLink(b []byte) (link, bool) {
 			l.features = getU32(v) == unix.IFLA_EVENT_FEATURES
 		case unix.IFLA_LINKINFO:
 			l.parseInfo(v)
+		case unix.IFLA_PROTINFO: // where a bridge tells of a port
+			l.parsePort(v)
 		}
 	}
 	return l, true
@@ -104,8 +113,15 @@ func (l *link) parseInfo(b []byte) {
 
 func (l *link) parsePort(data []byte) {
 	for typ, v := range attrs(data) {
-		if typ == unix.IFLA_BRPORT_MODE {
+		switch typ {
+		case unix.IFLA_BRPORT_MODE:
 			l.hairpin = getU8(v) != 0
+		case unix.IFLA_BRPORT_LEARNING:
+			l.noLearning = getU8(v) == 0
+		case unix.IFLA_BRPORT_UNICAST_FLOOD:
+			l.noFlood = getU8(v) == 0
+		case unix.IFLA_BRPORT_LOCKED:
+			l.locked, l.hasLock = getU8(v) != 0, true
 		}
 	}
 }
@@ -182,6 +198,7 @@ type neighbour struct {
 	family uint8
 	index  int
 	state  uint16 // NUD_*
+	flags  uint8  // NTF_*
 	dst    netip.Addr
 	mac    backend.MAC
 	odd    bool // an FDB entry with a port, a VNI, an interface or a nexthop of its own
@@ -201,6 +218,7 @@ func parseNeigh(b []byte) (neighbour, bool) {
 		family: b[0],
 		index:  int(int32(binary.NativeEndian.Uint32(b[4:]))),
 		state:  binary.NativeEndian.Uint16(b[8:]),
+		flags:  b[10],
 	}
 	for typ, v := range attrs(b[unix.SizeofNdMsg:]) {
 		switch typ {

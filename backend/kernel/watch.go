@@ -42,7 +42,8 @@ func (k *Kernel) Watch(ctx context.Context, uplink func(dev string) bool, ring f
 		k.log.Info("changes of the packet filter are found by looking, not at once", "why", err)
 	} else {
 		defer filter.close()
-		g.Go(func() error { return k.listen(ctx, filter, heardFilter, func() {}, ring) }) // nothing is remembered
+		var ear filterEar
+		g.Go(func() error { return k.listen(ctx, filter, ear.heard, func() {}, ring) })
 	}
 	g.Go(func() error { return k.listen(ctx, routing, w.heard, w.reset, ring) })
 	ring()
@@ -88,6 +89,7 @@ type watcher struct {
 	uplink func(dev string) bool
 	links  map[int]link
 	addrs  map[addrAt]uint32 // flags
+	closed map[int]bool      // ports of bridges that are Locked, NoLearning and NoFlood
 	// forwarding is what was last heard of it, by family and index.
 	forwarding map[[2]int]uint32
 	// blind is set where what the kernel holds could not be read. Then all that is heard matters.
@@ -117,9 +119,10 @@ func (w *watcher) read() error {
 	if err != nil {
 		return err
 	}
-	w.links = map[int]link{}
+	w.links, w.closed = map[int]link{}, map[int]bool{}
 	for _, l := range links {
 		w.links[l.index] = l
+		w.closed[l.index] = l.closed()
 	}
 	w.forwarding = map[[2]int]uint32{}
 	m := make(message, unix.SizeofIfAddrmsg)
@@ -144,7 +147,7 @@ func (w *watcher) heard(m syscall.NetlinkMessage) bool {
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		return w.heardAddr(m.Header.Type, m.Data)
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
-		return w.heardNeigh(m.Data)
+		return w.heardNeigh(m.Header.Type, m.Data)
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		return w.heardRoute(m.Data)
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
@@ -162,6 +165,9 @@ func (w *watcher) matters(l link) bool {
 
 func (w *watcher) heardLink(typ uint16, b []byte) bool {
 	// Bridges tell of their ports in messages of a family of their own, which do not hold what the link itself is.
+	if len(b) > 0 && b[0] == unix.AF_BRIDGE {
+		return w.heardPort(typ, b)
+	}
 	if len(b) == 0 || b[0] != unix.AF_UNSPEC {
 		return false
 	}
@@ -225,12 +231,31 @@ func (w *watcher) heardRoute(b []byte) bool {
 	return r.isWay(near) && (slices.ContainsFunc(r.devs(), leaves) || near(r.key.Dst))
 }
 
-// heardNeigh hears only of our VXLAN devices: what pods ask and answer on the bridge is their own affair. What needs no
-// asking (NOARP) is the kernel's own, of multicast addresses, unless it is permanent as well, which is how the bridge
-// command makes it.
-func (w *watcher) heardNeigh(b []byte) bool {
+// heardPort hears of a port that is not closed any more. The plugin closes those of pods, and before a port goes with
+// its pod, the bridge says that it is none any more.
+func (w *watcher) heardPort(typ uint16, b []byte) bool {
+	l, ok := parseLink(b)
+	if !ok {
+		return false
+	}
+	was := w.closed[l.index]
+	if typ == unix.RTM_DELLINK {
+		delete(w.closed, l.index)
+		return false
+	}
+	w.closed[l.index] = l.closed()
+	return was && !l.closed() && w.links[l.index].group == backend.Owner
+}
+
+// heardNeigh hears only of our VXLAN devices, and of MACs that a bridge does not know any more to be behind a closed
+// port: what else pods ask and answer on the bridge is their own affair. What needs no asking (NOARP) is the kernel's
+// own, of multicast addresses, unless it is permanent as well, which is how the bridge command makes it.
+func (w *watcher) heardNeigh(typ uint16, b []byte) bool {
 	n, ok := parseNeigh(b)
 	l := w.links[n.index]
+	if typ == unix.RTM_DELNEIGH && n.family == unix.AF_BRIDGE && w.closed[n.index] {
+		return ok && l.group == backend.Owner && n.state&unix.NUD_NOARP != 0 && n.flags&unix.NTF_SELF == 0
+	}
 	return ok && l.ours() && l.is(backend.KindVXLAN) && n.state&(unix.NUD_NOARP|unix.NUD_PERMANENT) != unix.NUD_NOARP
 }
 

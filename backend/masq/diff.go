@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/spoof"
 )
 
 // Diff returns the operations that turn have into want. In between, no packet is treated otherwise than by the one or
@@ -15,7 +16,11 @@ import (
 // all of the new form stands before any of the old one goes, and in between both would do the same.
 func Diff(want, have Ruleset) []backend.Op {
 	want = want.withoutTaken(have.Taken)
-	return append(additions(want, have), removals(want, have)...)
+	ops := append(additions(want, have), removals(want, have)...)
+	if have.Unjudged == "" {
+		ops = append(ops, spoof.Diff(want.Spoof, have.Spoof)...)
+	}
+	return ops
 }
 
 // Retires reports whether op takes away what others of a Diff may have been added instead of. It must not be done where one

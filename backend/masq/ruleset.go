@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"tweed.dev/tweed/backend"
+	"tweed.dev/tweed/backend/spoof"
 )
 
 // A Ruleset is what a host's packet filter holds of ours, or should hold.
@@ -24,6 +25,8 @@ type Ruleset struct {
 	// Guests are the rules of ours in chains of others that packets can get to, each with the handle by which nftables
 	// knows it, or 0.
 	Guests map[Guest]uint64
+	// Spoof is the table that judges what pods send, whatever form the rest is in.
+	Spoof spoof.Table
 
 	// What follows is only ever read from a host.
 
@@ -35,6 +38,8 @@ type Ruleset struct {
 	Drops []string
 	// Taken are the sets whose names strangers have, each with one sentence on that.
 	Taken map[Set]string
+	// Unjudged says why Spoof cannot be told, nor changed.
+	Unjudged string
 }
 
 // A Host is a chain of others.
@@ -48,7 +53,7 @@ type Host struct {
 // Len is the number of tables, sets and their addresses, chains, rules and jumps in r, but for what only some hosts
 // need.
 func (r Ruleset) Len() int {
-	n := len(r.Tables) + len(r.Sets) + len(r.Chains)
+	n := len(r.Tables) + len(r.Sets) + len(r.Chains) + r.Spoof.Len()
 	for _, addrs := range r.Sets {
 		n += len(addrs)
 	}
@@ -76,10 +81,11 @@ func (r Ruleset) Has(form Form) bool {
 // Family is an address family, which has a packet filter of its own: 4 or 6.
 type Family int
 
-// The families.
+// The families. Bridge is nftables' own one, of frames.
 const (
-	IPv4 Family = 4
-	IPv6 Family = 6
+	IPv4   Family = 4
+	IPv6   Family = 6
+	Bridge Family = 7
 )
 
 // FamilyOf returns the family that a belongs to.
@@ -100,8 +106,11 @@ func (f Family) Command() string {
 
 // NFT is the family in nftables' words.
 func (f Family) NFT() string {
-	if f == IPv4 {
+	switch f {
+	case IPv4:
 		return "ip"
+	case Bridge:
+		return "bridge"
 	}
 	return "ip6"
 }
@@ -453,6 +462,8 @@ func (r *Ruleset) Apply(op backend.Op) error {
 		return r.applyJump(op.Do, o)
 	case Entry:
 		return r.applyEntry(op.Do, o)
+	case spoof.Rules, spoof.Pod:
+		return r.Spoof.Apply(op)
 	}
 	return fmt.Errorf("a packet filter holds no %s", op.What.Kind())
 }

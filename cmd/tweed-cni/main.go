@@ -97,5 +97,5 @@ func gc(args *skel.CmdArgs) error {
 
 func pod(args *skel.CmdArgs) podnet.Pod {
 	return podnet.Pod{Container: args.ContainerID, NetNS: args.Netns, Interface: args.IfName, Path: args.Path,
-		Args: args.Args}
+		Args: args.Args, Namespace: podnet.NamespaceOf(args.Args)}
 }

@@ -83,9 +83,9 @@ func faults() []fault {
 			want: map[string]int{"link": 1, "address": 2, "neighbour": 2, "fdb": 1, "route": 3, "sysctl": 2}},
 		// The pod's veth is a port of it.
 		{does: "ip link del tweed0", want: map[string]int{"link": 1, "address": 3, "route": 2, "sysctl": 4, "port": 1}},
-		{does: "ip link set pod nomaster", want: map[string]int{"port": 1}, silent: true},
-		{does: "ip link set pod type bridge_slave hairpin off", want: map[string]int{"port": 1}, silent: true},
-		{does: "ip link set pod down", want: map[string]int{"port": 1}, silent: true},
+		{does: "ip link set " + podVeth + " nomaster", want: map[string]int{"port": 1}, silent: true},
+		{does: "ip link set " + podVeth + " type bridge_slave hairpin off", want: map[string]int{"port": 1}, silent: true},
+		{does: "ip link set " + podVeth + " down", want: map[string]int{"port": 1}, silent: true},
 		// It is still ours by its group, and no device of ours has that name.
 		{does: "ip link set tweed.1 name renamed",
 			want: map[string]int{"link": 2, "address": 2, "neighbour": 2, "fdb": 1, "route": 3, "sysctl": 2}},
@@ -103,6 +103,22 @@ func faults() []fault {
 	}
 }
 
+// spoofFaults let a pod send as others than itself.
+func spoofFaults(mac string) []fault {
+	one, port := map[string]int{"spoof": 1}, map[string]int{"port": 1}
+	return []fault{
+		{does: "nft delete table bridge tweed", want: map[string]int{"spoof": 2}}, // the table, and the pod in it
+		{does: "nft insert rule bridge tweed prerouting accept", want: map[string]int{"spoof": 2}},
+		{does: "nft flush chain bridge tweed pod-arp", want: map[string]int{"spoof": 2}},
+		{does: "nft flush set bridge tweed ports", want: one},
+		{does: "nft add element bridge tweed ipv4 '{ " + podVeth + " . " + mac + " . 10.244.1.1 }'", want: one},
+		{does: "ip link set " + podVeth + " type bridge_slave locked off", want: port},
+		{does: "ip link set " + podVeth + " type bridge_slave learning on flood on", want: port},
+		{does: "bridge fdb del " + mac + " dev " + podVeth + " master", want: port},
+		{does: "bridge fdb add 02:00:00:00:00:09 dev " + podVeth + " master static", want: port, silent: true},
+	}
+}
+
 // allAtOnce is what nobody survives.
 func allAtOnce(form string) fault {
 	filter, moved := "nft flush ruleset", map[string]int{"link": some, "address": some, "neighbour": some, "fdb": some,
@@ -110,6 +126,8 @@ func allAtOnce(form string) fault {
 	if form == "nftables" {
 		filter = "nft delete table ip tweed; nft delete table ip6 tweed; nft flush chain ip filter FORWARD"
 		moved["set"] = some
+	} else {
+		moved["spoof"] = 2
 	}
 	return fault{
 		does: `
@@ -164,7 +182,7 @@ func TestDriftThatTheKernelTellsOf(t *testing.T) {
 		t.Run(form, func(t *testing.T) {
 			t.Parallel()
 			v := newVictim(t, form, intervalVar+"=1h")
-			for _, f := range append(slices.Concat(filterFaults(form), faults()), allAtOnce(form)) {
+			for _, f := range append(slices.Concat(filterFaults(form), spoofFaults(v.podMAC()), faults()), allAtOnce(form)) {
 				if !f.silent {
 					v.suffers(f)
 				}
@@ -178,7 +196,7 @@ func TestDriftThatNobodyTellsOf(t *testing.T) {
 	t.Parallel()
 	const form = "nftables" // what is read by iptables is not read anew for half a minute
 	v := newVictim(t, form, intervalVar+"=250ms", deafVar+"=1")
-	for _, f := range append(slices.Concat(filterFaults(form), faults()), allAtOnce(form)) {
+	for _, f := range append(slices.Concat(filterFaults(form), spoofFaults(v.podMAC()), faults()), allAtOnce(form)) {
 		v.suffers(f)
 	}
 }

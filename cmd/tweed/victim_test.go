@@ -77,18 +77,30 @@ func plugIn(one, two host) {
 	}
 }
 
-// record has n1's pod be one that the plugin has attached.
+// podVeth is the host's end of n1's pod, named as the plugin would.
+const podVeth = "tweed0123456789"
+
+// record has n1's pod be one that the plugin has attached, and lets the daemon see to the rest.
 func (v *victim) record(runDir string) {
 	v.t.Helper()
-	v.types(`
-		ip link set pod group 116
-		ip link set pod type bridge_slave hairpin on`)
-	text := `{"container": "c", "interface": "eth0", "veth": "pod", "ifindex": 0}`
+	v.types(fmt.Sprintf(`
+		ip link set pod down
+		ip link set pod name %s group 116 up`, podVeth))
+	text := fmt.Sprintf(`{"container": "c", "interface": "eth0", "veth": %q, "ifindex": 0, "mac": %q,
+		"addresses": ["10.244.1.5/24", "fd00:10:244:1::5/64"]}`, podVeth, v.podMAC())
 	err := errors.Join(os.MkdirAll(filepath.Join(runDir, "pods"), 0o755),
-		os.WriteFile(filepath.Join(runDir, "pods", "pod"), []byte(text), 0o644))
+		os.WriteFile(filepath.Join(runDir, "pods", podVeth), []byte(text), 0o644))
 	if err != nil {
 		v.t.Fatal(err)
 	}
+	v.types("nft add element bridge tweed ports { nobody }") // which is taken away, and all else done with it
+	v.awaitShows("bridge fdb show dev "+podVeth, "sticky")
+	v.awaitShows("nft list set bridge tweed ipv6", "fd00:10:244:1::5")
+}
+
+func (v *victim) podMAC() string {
+	fields := strings.Fields(v.talk.one.Run(v.t, "ip -o -br link show dev eth0"))
+	return fields[len(fields)-2]
 }
 
 var (
@@ -106,7 +118,8 @@ func (v *victim) dump() string {
 			sysctl net/ipv6/conf/$dev/ndisc_notify net/ipv4/conf/$dev/arp_notify net/ipv4/conf/$dev/src_valid_mark
 		done
 		ip route show table all proto 116; ip -6 route show table all proto 116
-		ip -d -o link show pod
+		ip -d -o link show ` + podVeth + `; bridge fdb show dev ` + podVeth + ` | grep master
+		nft -s list table bridge tweed | tr , '\n' | sed 's/[{} \t]//g; s/elements=//' | sort
 		ip rule; ip -6 rule
 		ip neigh show nud permanent dev tweed.1; ip -6 neigh show nud permanent dev tweed.1
 		bridge fdb show dev tweed.1

@@ -60,7 +60,7 @@ func (k *killing) mustCall(verb, container, netns string) {
 func (k *killing) want(when string, pods int) {
 	k.t.Helper()
 	for what, have := range map[string]int{
-		"records":   len(must(Veths(k.runDir))),
+		"records":   len(must((&Roster{}).Attached(k.runDir))),
 		"addresses": len(names(k.t, filepath.Join(k.runDir, "addrs"))) / len(k.info.Subnets),
 		"veths":     strings.Count(k.Run(k.t, "ip -brief link show type veth"), "\n"),
 		"limits":    len(names(k.t, k.made)),
@@ -257,7 +257,7 @@ func TestGCIsKilledAtEachCall(t *testing.T) {
 				if err := k.plugin("GC", "", "", collect); err != nil {
 					t.Error(err)
 				}
-				return len(must(Veths(k.runDir))) == 1
+				return len(must((&Roster{}).Attached(k.runDir))) == 1
 			})
 		}
 		k.want(when, 1)

@@ -50,6 +50,8 @@ type NodeInfo struct {
 	PacketFilter string `json:"packetFilter,omitempty"`
 	// MTU is that of the pods' interfaces, in bytes.
 	MTU int `json:"mtu"`
+	// Spoofing says which pods may send as others than themselves.
+	Spoofing Spoofing `json:"spoofing"`
 }
 
 // Write makes n the node.json of runDir, at once for every reader. A file that says the same already is left alone.

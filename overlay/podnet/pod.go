@@ -13,6 +13,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"tweed.dev/tweed/backend"
@@ -25,6 +26,7 @@ type Pod struct {
 	Interface string // CNI_IFNAME
 	Path      string // CNI_PATH, where the plugins are that ports and bandwidth are delegated to
 	Args      string // CNI_ARGS
+	Namespace string // of Kubernetes; see NamespaceOf
 }
 
 // Attach gives a pod an interface on the node's bridge, with an address of each of the node's subnets and default
@@ -72,6 +74,7 @@ func Attach(ctx context.Context, c Config, p Pod) (*types100.Result, error) {
 	v := veth{
 		name: held.Veth, mac: vethMAC(p.Container, p.Interface), mtu: info.MTU, bridge: bridge.Index,
 		podName: p.Interface, podMAC: held.MAC, podNS: ns,
+		guarded: !info.Spoofing.Allows(p.Namespace),
 	}
 	if err := host.create(v, held); err != nil {
 		_, freeErr := held.free()
@@ -109,7 +112,7 @@ func (h *host) take(ctx context.Context, c Config, p Pod, wish asked, subnets []
 	store.wait = forVeths(ctx)
 	return store.take(record{
 		Network: c.Name, Container: p.Container, Interface: p.Interface, Veth: vethName(p.Container, p.Interface),
-		Delegates: []json.RawMessage{}, asked: wish,
+		Delegates: []json.RawMessage{}, Namespace: p.Namespace, asked: wish,
 	}, subnets)
 }
 
@@ -154,8 +157,11 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod *end, bridge,
 		return err
 	}
 	// The host's end goes first: from the moment the pod's end is up, frames pass as they should.
-	if err := h.open(held.Index); err != nil {
+	if err := h.open(held.Index, v.guarded); err != nil {
 		return fmt.Errorf("ip link set %s up type bridge_slave hairpin on: %w", v.name, err)
+	}
+	if err := h.guard(v, held); err != nil {
+		return err
 	}
 	err = within(v.podNS, func(nl *netlink.Handle) error { return inPod.configure(nl, sysctlRoot) })
 	if held.Apart = inPod.apart; err == nil && len(held.Apart) > 0 {
@@ -178,7 +184,7 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod *end, bridge,
 func undo(host *host, held *hold, netns string) error {
 	err := held.undelegate()
 	join(netns, held.Apart)
-	if err = errors.Join(err, host.remove(held.Veth, held.Index)); err != nil {
+	if err = errors.Join(err, host.removeJudged(held.record)); err != nil {
 		held.release()
 		return err
 	}
@@ -362,10 +368,10 @@ func (h *host) broken(rec record, info NodeInfo) (broken []error) {
 	if end.MasterIndex != bridge.Index {
 		return append(broken, fmt.Errorf("its veth %s on the host is not a port of %s", rec.Veth, info.Bridge))
 	}
-	if !end.hairpin {
+	if end.port[nl.IFLA_BRPORT_MODE] == 0 {
 		broken = append(broken, fmt.Errorf("its bridge port %s has hairpin off", rec.Veth))
 	}
-	return broken
+	return append(broken, h.unguarded(rec, end, info.Spoofing)...)
 }
 
 // remembered is what is left of an end and its MAC after what later plugins have changed, as prevResult tells: an

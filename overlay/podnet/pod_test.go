@@ -95,7 +95,9 @@ func TestPodIsNotWiredAsItsResultSays(t *testing.T) {
 		{pod.Run(t, "cat /proc/sys/net/ipv6/conf/eth0/accept_ra"), `^0`},
 		{n.Run(t, "ip -details link show "+veth), `mtu 1430 .*master tweed0 .*state UP .*group tweed|group 116`},
 		{n.Run(t, "ip -details link show "+veth), `link/ether ` + r.Interfaces[0].Mac},
-		{n.Run(t, "bridge -details link show dev "+veth), `hairpin on`},
+		{n.Run(t, "bridge -details link show dev "+veth), `hairpin on .*learning off flood off .*locked on`},
+		{n.Run(t, "bridge fdb show dev "+veth), `0a:58:0a:f4:03:02 sticky master tweed0 static`},
+		{n.Run(t, "nft list set bridge tweed ipv6"), veth + `" \. 0a:58:0a:f4:03:02 \. fd00:10:244:3::3`},
 	} {
 		if !regexp.MustCompile(`(?s)` + tt.want).MatchString(tt.in) {
 			t.Errorf("%s\ndoes not match %s", tt.in, tt.want)
@@ -556,6 +558,13 @@ func TestCheckFindsWhatIsBroken(t *testing.T) {
 		{"node", "ip link del tweed0", "bridge tweed0 is missing"},
 		{"node", "ip link del " + veth, veth + " on the host is missing"},
 		{"node", "bridge link set dev " + veth + " hairpin off", "hairpin off"},
+		{"node", "ip link set " + veth + " type bridge_slave locked off", "is not locked"},
+		{"node", "ip link set " + veth + " type bridge_slave learning on", "learns addresses"},
+		{"node", "ip link set " + veth + " type bridge_slave flood on", "is flooded"},
+		{"node", "bridge fdb del 0a:58:0a:f4:03:02 dev " + veth + " master", "does not know for good"},
+		{"node", "bridge fdb replace 0a:58:0a:f4:03:02 dev " + veth + " master static", "does not know for good"},
+		{"node", "nft delete table bridge tweed", "does not judge"},
+		{"node", "nft flush set bridge tweed ipv6", "does not judge"},
 		{"run", "rm addrs/10.244.3.2", "10.244.3.2 is not its own"},
 		{"run", "cp addrs/10.244.3.2 addrs/new", ""},
 		{"run", "rm -r pods", "no record of interface eth0"},

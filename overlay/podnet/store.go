@@ -34,6 +34,8 @@ type record struct {
 	Addrs []netip.Prefix `json:"addresses"`
 	// Apart are those of Addrs that are looked up in a routing table of their own in the pod.
 	Apart []netip.Prefix `json:"apart,omitempty"`
+	// Namespace is the pod's in Kubernetes; empty where the runtime has not said.
+	Namespace string `json:"namespace,omitempty"`
 	// Delegates are the configurations that further plugins were called with for this pod, each with its type.
 	Delegates []json.RawMessage `json:"delegates"`
 
@@ -478,6 +480,7 @@ func (h *hold) freeDead() (freed []netip.Addr, err error) {
 		h.release()
 		return nil, err
 	}
+	h.acquit()
 	return h.free()
 }
 
@@ -511,12 +514,6 @@ func Sweep(ctx context.Context, runDir, path string) ([]netip.Addr, error) {
 	}
 	defer host.close()
 	return host.store(runDir, callIn(ctx, runDir, path)).sweep()
-}
-
-// Veths names the host's ends of the interfaces that runDir records. Not each of them needs to be there.
-func Veths(runDir string) ([]string, error) {
-	names, err := list((&store{runDir: runDir}).podDir())
-	return slices.DeleteFunc(names, func(name string) bool { return strings.HasPrefix(name, litter) }), err
 }
 
 // Busy reports whether somebody is attaching or detaching the pod with that veth, or has just done so.

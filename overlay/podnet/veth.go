@@ -30,8 +30,8 @@ type host struct{ sockets map[int]*nl.SocketHandle }
 type link struct {
 	netlink.LinkAttrs
 	kind string
-	// hairpin is set for a bridge port that sends frames back to where they came from.
-	hairpin bool
+	// port has the settings of a bridge's port (IFLA_BRPORT_*) that are of one byte.
+	port map[uint16]byte
 }
 
 func (l link) ours(kind string) bool { return l.Group == backend.Owner && l.kind == kind }
@@ -80,26 +80,26 @@ func (h *host) link(name string) (link, error) {
 	if err != nil {
 		return link{}, fmt.Errorf("looking up %s: %w", name, err)
 	}
-	return link{LinkAttrs: *l.Attrs(), kind: l.Type(), hairpin: hairpin(msgs[0])}, nil
+	return link{LinkAttrs: *l.Attrs(), kind: l.Type(), port: portSettings(msgs[0])}, nil
 }
 
-// hairpin finds the flag, which the library leaves aside, in a message about a link.
-func hairpin(msg []byte) bool {
-	for _, want := range []uint16{unix.IFLA_LINKINFO, nl.IFLA_INFO_SLAVE_DATA, nl.IFLA_BRPORT_MODE} {
-		if want == unix.IFLA_LINKINFO {
-			msg = msg[unix.SizeofIfInfomsg:]
-		}
-		attrs, err := nl.ParseRouteAttr(msg)
-		if err != nil {
-			return false
-		}
+// portSettings finds the settings of a bridge's port, which the library leaves aside, in a message about a link.
+func portSettings(msg []byte) map[uint16]byte {
+	attrs, err := nl.ParseRouteAttr(msg[unix.SizeofIfInfomsg:])
+	for _, want := range []uint16{unix.IFLA_LINKINFO, nl.IFLA_INFO_SLAVE_DATA} {
 		i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type&nl.NLA_TYPE_MASK == want })
-		if i < 0 {
-			return false
+		if err != nil || i < 0 {
+			return nil
 		}
-		msg = attrs[i].Value
+		attrs, err = nl.ParseRouteAttr(attrs[i].Value)
 	}
-	return len(msg) == 1 && msg[0] != 0
+	settings := map[uint16]byte{}
+	for _, a := range attrs {
+		if len(a.Value) == 1 {
+			settings[a.Attr.Type&nl.NLA_TYPE_MASK] = a.Value[0]
+		}
+	}
+	return settings
 }
 
 // A veth is a pair of devices: one end a port of the bridge, the other in the pod.
@@ -111,6 +111,8 @@ type veth struct {
 	podName string
 	podMAC  backend.MAC
 	podNS   *os.File
+	// guarded keeps the pod to its own addresses.
+	guarded bool
 }
 
 // add makes the pair in one message, so that there is no moment at which one end is where it should not be.
@@ -137,15 +139,25 @@ func (h *host) add(v veth) error {
 	return nil
 }
 
-// open lets traffic through a bridge port: up, and with hairpin, so that a pod reaches itself by a service's address.
-func (h *host) open(index int) error {
+// open lets traffic through a bridge port: up, and with hairpin, so that a pod reaches itself by a service's address. A
+// guarded one takes what its pod sends as itself, and nothing else.
+func (h *host) open(index int, guarded bool) error {
+	settings := append(isolation(guarded), nl.NewRtAttr(nl.IFLA_BRPORT_MODE, nl.Uint8Attr(1)))
+	return h.setPort(index, unix.IFF_UP, settings...)
+}
+
+// setPort sets flags of a link, and settings of the bridge's port that it is.
+func (h *host) setPort(index int, flags uint32, settings ...*nl.RtAttr) error {
 	req := h.request(unix.RTM_NEWLINK, 0)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Index, msg.Flags, msg.Change = int32(index), unix.IFF_UP, unix.IFF_UP
+	msg.Index, msg.Flags, msg.Change = int32(index), flags, flags
 	req.AddData(msg)
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(nl.IFLA_INFO_SLAVE_KIND, nl.NonZeroTerminated("bridge"))
-	info.AddRtAttr(nl.IFLA_INFO_SLAVE_DATA, nil).AddRtAttr(nl.IFLA_BRPORT_MODE, nl.Uint8Attr(1))
+	port := info.AddRtAttr(nl.IFLA_INFO_SLAVE_DATA, nil)
+	for _, s := range settings {
+		port.AddChild(s)
+	}
 	req.AddData(info)
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	return meaning(err)
