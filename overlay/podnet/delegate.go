@@ -60,6 +60,11 @@ type delegation struct {
 	Legacy bool `json:"tweed.dev/legacy,omitempty"`
 }
 
+// Delegates reports whether the pod asks for what further plugins do, which can take long.
+func (c Config) Delegates() bool {
+	return slices.ContainsFunc(delegates(), func(d delegate) bool { return asks(c.RuntimeConfig[d.Capability]) })
+}
+
 // delegations are what this call's configuration asks for.
 func (c Config) delegations() (wanted []delegation) {
 	for _, d := range delegates() {

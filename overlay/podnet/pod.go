@@ -11,7 +11,6 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"tweed.dev/tweed/backend"
@@ -104,11 +103,10 @@ func (h *host) create(v veth, held *hold) error {
 
 // wire makes a pair of devices that is there work. The error is ctx's if that has ended meanwhile.
 func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, sysctlRoot string) error {
-	made, err := h.link(v.name)
-	if err != nil {
+	var err error
+	if held.Index, err = h.index(v.name); err != nil {
 		return err
 	}
-	held.Index = made.Index
 	if err := held.save(); err != nil {
 		return fmt.Errorf("writing to the address store: %w", err)
 	}
@@ -116,11 +114,11 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod end, bridge, 
 	if err := h.open(held.Index); err != nil {
 		return fmt.Errorf("ip link set %s up type bridge_slave hairpin on: %w", v.name, err)
 	}
-	err = within(v.podNS, func(nl *netlink.Handle) error { return inPod.configure(nl, sysctlRoot) })
+	err = within(v.podNS, func() error { return inPod.configure(sysctlRoot) })
 	if err != nil {
 		return err
 	}
-	if err := settle(v.name, bridge); err != nil {
+	if err := errors.Join(h.settle(v.name), h.settle(bridge)); err != nil {
 		return err
 	}
 	if err := context.Cause(ctx); err != nil {
@@ -244,8 +242,8 @@ func Check(c Config, p Pod) error {
 	}
 	inPod := end{p.Interface, rec.Addrs, info.Gateways}
 	broken := host.broken(rec, info)
-	err = within(ns, func(nl *netlink.Handle) error {
-		broken = append(broken, inPod.broken(nl, rec.MAC)...)
+	err = within(ns, func() error {
+		broken = append(broken, inPod.broken(rec.MAC)...)
 		return nil
 	})
 	if err != nil {
