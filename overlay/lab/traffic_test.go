@@ -38,7 +38,7 @@ func stream(r route, d time.Duration) (float64, error) {
 	return serve(r, func(conn int, done *atomic.Int64) error {
 		block := make([]byte, 256<<10)
 		for {
-			n, err := unix.Read(conn, block)
+			n, err := read(conn, block)
 			if n <= 0 || err != nil {
 				return err
 			}
@@ -155,8 +155,10 @@ func serve(r route, answer func(conn int, done *atomic.Int64) error,
 				ended <- err
 				return
 			}
-			_ = unix.SetsockoptInt(conn, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-			err = answer(conn, &done)
+			err = errors.Join(unix.SetsockoptInt(conn, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), wait(conn, patience))
+			if err == nil {
+				err = answer(conn, &done)
+			}
 			unix.Close(conn)
 			if err != nil && !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
 				ended <- err
@@ -174,7 +176,7 @@ func serve(r route, answer func(conn int, done *atomic.Int64) error,
 func echo(conn int, _ *atomic.Int64) error {
 	one := make([]byte, 1)
 	for {
-		n, err := unix.Read(conn, one)
+		n, err := read(conn, one)
 		if n <= 0 || err != nil {
 			return err
 		}
@@ -189,7 +191,7 @@ func ask(conn int) error {
 	if _, err := unix.Write(conn, one); err != nil {
 		return err
 	}
-	if n, err := unix.Read(conn, one); n != 1 || err != nil {
+	if n, err := read(conn, one); n != 1 || err != nil {
 		return fmt.Errorf("an answer of %d bytes: %w", n, err)
 	}
 	return nil
@@ -239,6 +241,15 @@ func dialTCP(r route, to unix.Sockaddr) (int, error) {
 		return -1, err
 	}
 	return conn, nil
+}
+
+// read is not ended by the signals that Go sends its threads. Calls that wait for only so long are.
+func read(fd int, buf []byte) (int, error) {
+	for {
+		if n, err := unix.Read(fd, buf); !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
 }
 
 func wait(fd int, d time.Duration) error {
