@@ -75,21 +75,21 @@ type variant struct{ name, keys string }
 func newDataPath(t testing.TB) *dataPath {
 	d := &dataPath{TB: t}
 	for i, v := range variants() {
-		d.tweed(v, i == 0)
+		d.tweed(v, i)
 	}
 	d.byHand("floor", "iptables -A FORWARD -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT")
 	d.byHand("no rules", "")
 	return d
 }
 
-// tweed builds a lab.
-func (d *dataPath) tweed(v variant, first bool) {
+// tweed builds a lab for the i-th variant.
+func (d *dataPath) tweed(v variant, i int) {
 	l := newLab(d)
-	if !first {
-		l.Prefix, l.Dir = l.Prefix+v.name, l.Dir+v.name
+	if i > 0 {
+		l.Prefix, l.Dir = fmt.Sprint("v", i), l.Dir+fmt.Sprint(i)
 	}
 	l.afterStep = func(step string) error {
-		if v.keys == "" || l.netns(step) == l.netns("sw") {
+		if v.keys == "" || step != nodeName(1) && step != nodeName(2) {
 			return nil
 		}
 		conf := strings.Replace(netConf("ipv4"), "{", "{ "+v.keys+",", 1)
@@ -106,7 +106,7 @@ func (d *dataPath) tweed(v variant, first bool) {
 		return l.netns(node, pod), addrs[0]
 	}
 	d.pods(v.name, true, at)
-	if first {
+	if i == 0 {
 		d.nodes(l, at)
 	}
 }
