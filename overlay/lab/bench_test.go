@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"fmt"
+	"io"
 	"math"
 	"net/netip"
 	"os"
@@ -85,6 +86,7 @@ func newDataPath(t testing.TB) *dataPath {
 // tweed builds a lab for the i-th variant.
 func (d *dataPath) tweed(v variant, i int) {
 	l := newLab(d)
+	l.Out = io.Discard
 	if i > 0 {
 		l.Prefix, l.Dir = fmt.Sprint("v", i), l.Dir+fmt.Sprint(i)
 	}
@@ -126,7 +128,7 @@ func (d *dataPath) nodes(l *Lab, at func(node, pod string) (string, netip.Addr))
 
 // byHand builds what a lab has, by ip and bridge: two nodes, two pods on each, and a rule.
 func (d *dataPath) byHand(name, rule string) {
-	l := testLab(writer{d})
+	l := testLab(io.Discard)
 	l.Prefix = "hand-" + strings.ReplaceAll(name, " ", "-")
 	d.Cleanup(func() {
 		for _, ns := range []string{"sw", "n1", "n2", "n1-pod1", "n1-pod2", "n2-pod1", "n2-pod2"} {
