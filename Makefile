@@ -67,7 +67,7 @@ REPAIRS := DriftThatTheKernelTellsOf UnderlayGoesAndComesBack OwnAddressMovesToA
 
 bench: packages build ## figures: ratios of medians beside a floor
 	go test -run '^$$' -bench . -benchtime 20x ./backend/... ./subnet/...
-	go test -run '^$$' -bench . -benchtime 1x ./overlay/... # each takes its rounds in turns with the floor's
+	go test -v -run '^$$' -bench . -benchtime 1x ./overlay/... # each takes its rounds in turns with the floor's
 	go test -count=1 -v -parallel 1 -run "^Test($$(echo $(REPAIRS) | tr ' ' '|'))$$" ./cmd/tweed -args -goals # within a second
 	cd e2e && go test -run '^$$' -bench '^BenchmarkCost$$' -benchtime 1x -timeout 30m . # with a real API server
 

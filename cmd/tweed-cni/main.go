@@ -14,7 +14,6 @@ import (
 	"syscall"
 
 	"github.com/containernetworking/cni/pkg/skel"
-	"github.com/containernetworking/cni/pkg/types"
 	cniversion "github.com/containernetworking/cni/pkg/version"
 
 	"tweed.dev/tweed/overlay/podnet"
@@ -26,7 +25,8 @@ var version = "unreleased"
 func main() { os.Exit(run(os.Args[1:])) }
 
 func run(args []string) int {
-	versions := cniversion.PluginSupports("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+	supported := []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}
+	versions := cniversion.PluginSupports(supported...)
 	about := "tweed-cni " + version + ": attaches pods to the node's tweed network"
 	switch {
 	case len(args) == 1 && args[0] == "--version":
@@ -36,8 +36,12 @@ func run(args []string) int {
 		fmt.Fprintf(os.Stderr, "%s\nIts only argument is --version. Container runtimes call it, by the CNI spec.\n", about)
 		return 2
 	}
-	funcs := skel.CNIFuncs{Add: add, Del: del, Check: check, Status: status, GC: gc}
-	if err := skel.PluginMainFuncsWithError(funcs, versions, about); err != nil {
+	err, served := plainCall(supported)
+	if !served {
+		funcs := skel.CNIFuncs{Add: add, Del: del, Check: check, Status: status, GC: gc}
+		err = skel.PluginMainFuncsWithError(funcs, versions, about)
+	}
+	if err != nil {
 		if err := err.Print(); err != nil {
 			fmt.Fprintln(os.Stderr, "tweed-cni: printing the error:", err)
 		}
@@ -51,13 +55,19 @@ func add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	// Signals stay caught to the end: a process that one kills after the work is done looks as if it had failed.
-	ctx, _ := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	// Signals stay caught to the end: a process that one kills after the work is done looks as if it had failed. They take
+	// threads of their own, which cost as much as the rest; so what is done in a few milliseconds does not mind them.
+	ctx := context.Background()
+	if conf.Delegates() {
+		ctx, _ = signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	} else {
+		signal.Ignore(os.Interrupt, syscall.SIGTERM)
+	}
 	result, err := podnet.Attach(ctx, conf, pod(args))
 	if err != nil {
 		return err
 	}
-	if err := types.PrintResult(result, conf.CNIVersion); err != nil {
+	if err := podnet.PrintResult(result, conf.CNIVersion); err != nil {
 		return errors.Join(fmt.Errorf("printing the result: %w", err), podnet.Detach(conf, pod(args)))
 	}
 	return nil

@@ -70,7 +70,7 @@ func testLab(out io.Writer) *Lab {
 }
 
 // newLab is a lab that is removed at the end of the test, with a check that nothing is left.
-func newLab(t *testing.T) *Lab {
+func newLab(t testing.TB) *Lab {
 	t.Helper()
 	build(t)
 	before := look(t)
@@ -85,7 +85,7 @@ func newLab(t *testing.T) *Lab {
 	return l
 }
 
-type writer struct{ t *testing.T }
+type writer struct{ t testing.TB }
 
 func (w writer) Write(p []byte) (int, error) {
 	w.t.Log(strings.TrimRight(string(p), "\n"))
@@ -93,7 +93,7 @@ func (w writer) Write(p []byte) (int, error) {
 }
 
 // build builds the programs once. They go with this process's /run.
-func build(t *testing.T) {
+func build(t testing.TB) {
 	t.Helper()
 	if err := buildOnce(); err != nil {
 		t.Fatal(err)
@@ -115,7 +115,7 @@ type scene struct {
 	processes            map[int]string
 }
 
-func look(t *testing.T) scene {
+func look(t testing.TB) scene {
 	t.Helper()
 	s := scene{processes: make(map[int]string)}
 	s.files = append(entries(t, "/run"), entries(t, "/etc")...)
@@ -148,7 +148,7 @@ func look(t *testing.T) scene {
 	return s
 }
 
-func entries(t *testing.T, dir string) []string {
+func entries(t testing.TB, dir string) []string {
 	t.Helper()
 	found, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -161,7 +161,7 @@ func entries(t *testing.T, dir string) []string {
 	return paths
 }
 
-func checkLeft(t *testing.T, before scene) {
+func checkLeft(t testing.TB, before scene) {
 	t.Helper()
 	after := look(t)
 	for _, c := range []struct {
@@ -203,7 +203,7 @@ func abortAfter(l *Lab, last string) {
 }
 
 // upTo builds a lab up to a step.
-func upTo(t *testing.T, l *Lab, last string, o Options) {
+func upTo(t testing.TB, l *Lab, last string, o Options) {
 	t.Helper()
 	abortAfter(l, last)
 	if err := l.Up(t.Context(), o); !errors.Is(err, errAbort) {
@@ -305,7 +305,7 @@ func TestInterruptedBuildRemovesWhatItBuilt(t *testing.T) {
 }
 
 // startHelper starts this test binary as a process that uses the lab.
-func startHelper(t *testing.T, what string, args ...string) (*exec.Cmd, *bytes.Buffer, io.ReadCloser) {
+func startHelper(t testing.TB, what string, args ...string) (*exec.Cmd, *bytes.Buffer, io.ReadCloser) {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), helper+"="+what)
@@ -326,7 +326,7 @@ func startHelper(t *testing.T, what string, args ...string) (*exec.Cmd, *bytes.B
 }
 
 // awaitText reads until text has appeared.
-func awaitText(t *testing.T, r io.Reader, text string) {
+func awaitText(t testing.TB, r io.Reader, text string) {
 	t.Helper()
 	var seen []byte
 	buf := make([]byte, 4096)
@@ -408,7 +408,7 @@ func TestDirectoryOfTheLabIsGone(t *testing.T) {
 }
 
 // forget takes away /run/netns, empty by now.
-func forget(t *testing.T) {
+func forget(t testing.TB) {
 	t.Helper()
 	if err := errors.Join(unix.Unmount(netnsDir, 0), os.Remove(netnsDir)); err != nil {
 		t.Error(err)
@@ -441,7 +441,7 @@ func TestOthersUseNamedNamespacesToo(t *testing.T) {
 }
 
 // run runs a command through Exec and returns what it printed and its status; a signal counts as 128 and its number.
-func run(t *testing.T, target string, command ...string) (stdout, stderr string, status int) {
+func run(t testing.TB, target string, command ...string) (stdout, stderr string, status int) {
 	t.Helper()
 	cmd, errs, out := startHelper(t, "exec", append([]string{target}, command...)...)
 	text, err := io.ReadAll(out)

@@ -40,7 +40,7 @@ type Config struct {
 func ParseConfig(text []byte) (Config, error) {
 	c := Config{RunDir: DefaultRunDir, SysctlRoot: "/proc/sys"}
 	var keys map[string]json.RawMessage
-	if err := json.Unmarshal(text, &keys); err != nil {
+	if err := unmarshal(text, &keys); err != nil {
 		return c, fail(types.ErrDecodingFailure, "the network configuration is not a JSON object: %v", err)
 	}
 	for _, f := range []struct {
@@ -57,7 +57,7 @@ func ParseConfig(text []byte) (Config, error) {
 		{"runtimeConfig", "an object", &c.RuntimeConfig},
 		{validKey, "a list of objects with containerID and ifname", &c.Valid},
 	} {
-		if v, ok := keys[f.key]; ok && json.Unmarshal(v, f.to) != nil {
+		if v, ok := keys[f.key]; ok && unmarshal(v, f.to) != nil {
 			return c, fail(types.ErrInvalidNetworkConfig, "network configuration: %s is %s; it must be %s", f.key, v, f.want)
 		}
 	}

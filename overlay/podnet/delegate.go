@@ -67,8 +67,8 @@ type delegation struct {
 // firstInterface is what runtimes call a pod's first interface.
 const firstInterface = "eth0"
 
-// delegates reports whether this call's configuration asks for anything that another plugin does.
-func (c Config) delegates() bool {
+// Delegates reports whether the pod asks for what further plugins do, which can take long.
+func (c Config) Delegates() bool {
 	return slices.ContainsFunc(delegates(), func(d delegate) bool { return asks(c.RuntimeConfig[d.Capability]) })
 }
 

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"tweed.dev/tweed/backend"
@@ -20,19 +21,30 @@ import (
 const firstTable = 11600
 
 // leadOut gives an address of the end its way to everywhere. It must be called within the pod's namespace.
-func (e *end) leadOut(h *netlink.Handle, l netlink.Link, a netip.Prefix, gw netip.Addr, sysctlRoot string) error {
-	first, err := hasDefault(h, familyOf(a))
+func (e *end) leadOut(pod *host, index int, a netip.Prefix, gw netip.Addr, sysctlRoot string) error {
+	taken, err := pod.hasDefault(family(a.Addr()))
 	if err != nil {
 		return err
 	}
-	route := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(everything(gw)), Gw: gw.AsSlice()}
-	if !first {
-		return addRoute(h, route, fmt.Sprintf("default via %s dev %s", gw, e.iface))
+	if taken {
+		e.apart = append(e.apart, a)
+		return e.leadApart(index, a, gw, sysctlRoot)
 	}
-	e.apart = append(e.apart, a)
-	table := firstTable + l.Attrs().Index
-	route.Table = table
-	near := &netlink.Route{LinkIndex: route.LinkIndex, Dst: ipNet(a.Masked()), Table: table}
+	if err := pod.defaultRoute(index, gw); err != nil {
+		return fmt.Errorf("ip route add default via %s dev %s: %w", gw, e.iface, err)
+	}
+	return nil
+}
+
+// leadApart is leadOut for an address that leaves the pod's default route to another interface.
+func (e *end) leadApart(index int, a netip.Prefix, gw netip.Addr, sysctlRoot string) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("opening a netlink socket: %w", err)
+	}
+	defer h.Close()
+	table := firstTable + index
+	near := &netlink.Route{LinkIndex: index, Dst: ipNet(a.Masked()), Table: table}
 	if a.Addr().Is4() {
 		near.Scope, near.Src = netlink.SCOPE_LINK, a.Addr().AsSlice()
 		if err := answerForOwn(h, a, sysctlRoot); err != nil {
@@ -41,6 +53,7 @@ func (e *end) leadOut(h *netlink.Handle, l netlink.Link, a netip.Prefix, gw neti
 	}
 	err = addRoute(h, near, fmt.Sprintf("%s dev %s table %d", a.Masked(), e.iface, table))
 	if err == nil {
+		route := &netlink.Route{LinkIndex: index, Dst: ipNet(everything(gw)), Gw: gw.AsSlice(), Table: table}
 		err = addRoute(h, route, fmt.Sprintf("default via %s dev %s table %d", gw, e.iface, table))
 	}
 	if err != nil {
@@ -54,14 +67,20 @@ func (e *end) leadOut(h *netlink.Handle, l netlink.Link, a netip.Prefix, gw neti
 	return nil
 }
 
-// hasDefault reports whether there is a default route of a family.
-func hasDefault(h *netlink.Handle, family int) (bool, error) {
-	routes, err := h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+// hasDefault reports whether the main table has a default route of a family.
+func (h *host) hasDefault(family int) (bool, error) {
+	req := h.request(unix.RTM_GETROUTE, unix.NLM_F_DUMP)
+	req.AddData(&nl.RtMsg{RtMsg: unix.RtMsg{Family: uint8(family)}})
+	msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWROUTE)
 	if err != nil {
-		return false, fmt.Errorf("listing routes: %w", err)
+		return false, fmt.Errorf("listing routes: %w", meaning(err))
 	}
-	return slices.ContainsFunc(routes, func(r netlink.Route) bool {
-		return r.Type == unix.RTN_UNICAST && leadsEverywhere(r)
+	return slices.ContainsFunc(msgs, func(msg []byte) bool {
+		if len(msg) < unix.SizeofRtMsg {
+			return false
+		}
+		r := nl.DeserializeRtMsg(msg)
+		return r.Dst_len == 0 && r.Type == unix.RTN_UNICAST && r.Table == unix.RT_TABLE_MAIN
 	}), nil
 }
 
@@ -75,7 +94,7 @@ func addRoute(h *netlink.Handle, r *netlink.Route, text string) error {
 // ruleFor sends what comes from an address to a table that is to be filled in.
 func ruleFor(a netip.Prefix) *netlink.Rule {
 	rule := netlink.NewRule()
-	rule.Family, rule.Protocol = familyOf(a), backend.Owner
+	rule.Family, rule.Protocol = family(a.Addr()), backend.Owner
 	rule.Src = ipNet(netip.PrefixFrom(a.Addr(), a.Addr().BitLen()))
 	return rule
 }
@@ -106,14 +125,14 @@ func answerForOwn(h *netlink.Handle, a netip.Prefix, sysctlRoot string) error {
 // brokenApart names what an address that is apart lacks. It must be called within the pod's namespace.
 func (e *end) brokenApart(h *netlink.Handle, l netlink.Link, a netip.Prefix, gw netip.Addr) error {
 	table := firstTable + l.Attrs().Index
-	rules, err := h.RuleListFiltered(familyOf(a), ruleFor(a), netlink.RT_FILTER_SRC)
+	rules, err := h.RuleListFiltered(family(a.Addr()), ruleFor(a), netlink.RT_FILTER_SRC)
 	if err != nil {
 		return fmt.Errorf("listing rules: %w", err)
 	}
 	if !slices.ContainsFunc(rules, func(r netlink.Rule) bool { return r.Table == table }) {
 		return fmt.Errorf("there is no rule from %s lookup %d", a.Addr(), table)
 	}
-	routes, err := h.RouteListFiltered(familyOf(a), &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+	routes, err := h.RouteListFiltered(family(a.Addr()), &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return fmt.Errorf("listing routes: %w", err)
 	}
@@ -134,17 +153,15 @@ func join(netns string, apart []netip.Prefix) {
 		return // with the namespace the rules are gone
 	}
 	defer ns.Close()
-	_ = within(ns, func(h *netlink.Handle) error {
+	_ = within(ns, func() error {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
+		}
+		defer h.Close()
 		for _, a := range apart {
 			_ = h.RuleDel(ruleFor(a))
 		}
 		return nil
 	})
-}
-
-func familyOf(a netip.Prefix) int {
-	if a.Addr().Is4() {
-		return netlink.FAMILY_V4
-	}
-	return netlink.FAMILY_V6
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"tweed.dev/tweed/backend"
@@ -44,24 +45,24 @@ func openNetNS(path string) (*os.File, error) {
 	return f, nil
 }
 
-// within calls f on a thread in a network namespace, with a netlink socket of its own there.
-func within(ns *os.File, f func(*netlink.Handle) error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
-		done <- func() error {
-			if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("entering network namespace %s: %w", ns.Name(), meaning(err))
-			}
-			h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-			if err != nil {
-				return fmt.Errorf("opening a netlink socket in %s: %w", ns.Name(), err)
-			}
-			defer h.Close()
-			return f(h)
-		}()
-	}()
-	return <-done
+// within calls f in a network namespace. What f opens there stays there.
+func within(ns *os.File, f func() error) error {
+	runtime.LockOSThread()
+	own, err := os.Open("/proc/thread-self/ns/net")
+	if err == nil {
+		defer own.Close()
+		err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
+	}
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("entering network namespace %s: %w", ns.Name(), meaning(err))
+	}
+	err = f()
+	if back := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); back != nil { // the thread stays this goroutine's, and ends with it
+		return errors.Join(err, fmt.Errorf("coming back from network namespace %s: %w", ns.Name(), meaning(back)))
+	}
+	runtime.UnlockOSThread()
+	return err
 }
 
 // An end is the pod's end of a veth, as it should be.
@@ -75,10 +76,15 @@ type end struct {
 
 // configure brings the end up, with addresses and default routes, and says which are apart. It must be called within
 // the pod's namespace.
-func (e *end) configure(h *netlink.Handle, sysctlRoot string) error {
-	l, err := h.LinkByName(e.iface)
+func (e *end) configure(sysctlRoot string) error {
+	pod, err := dial()
 	if err != nil {
-		return fmt.Errorf("looking up %s: %w", e.iface, err)
+		return err
+	}
+	defer pod.close()
+	index, err := pod.index(e.iface)
+	if err != nil {
+		return err
 	}
 	if slices.ContainsFunc(e.addrs, func(a netip.Prefix) bool { return a.Addr().Is6() }) {
 		// Some runtimes switch IPv6 off in new namespaces. And no pod is to route by what another one advertises.
@@ -88,16 +94,12 @@ func (e *end) configure(h *netlink.Handle, sysctlRoot string) error {
 			return fmt.Errorf("%w (sysctlRoot in the network configuration says where settings are found)", err)
 		}
 	}
-	if err := h.LinkSetUp(l); err != nil {
-		return fmt.Errorf("ip link set %s up: %w", e.iface, meaning(err))
+	if err := pod.up(index); err != nil {
+		return fmt.Errorf("ip link set %s up: %w", e.iface, err)
 	}
 	for _, a := range e.addrs {
-		addr := &netlink.Addr{IPNet: ipNet(a)}
-		if a.Addr().Is6() {
-			addr.Flags = unix.IFA_F_NODAD
-		}
-		if err := h.AddrAdd(l, addr); err != nil {
-			return fmt.Errorf("ip address add %s dev %s: %w", a, e.iface, meaning(err))
+		if err := pod.address(index, a); err != nil {
+			return fmt.Errorf("ip address add %s dev %s: %w", a, e.iface, err)
 		}
 	}
 	for _, a := range e.addrs {
@@ -105,11 +107,66 @@ func (e *end) configure(h *netlink.Handle, sysctlRoot string) error {
 		if !ok {
 			continue
 		}
-		if err := e.leadOut(h, l, a, gw, sysctlRoot); err != nil {
+		if err := e.leadOut(pod, index, a, gw, sysctlRoot); err != nil {
 			return err
 		}
 	}
-	return settle(e.iface)
+	return pod.settle(e.iface)
+}
+
+func (h *host) up(index int) error {
+	req := h.request(unix.RTM_NEWLINK, 0)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index, msg.Flags, msg.Change = int32(index), unix.IFF_UP, unix.IFF_UP
+	req.AddData(msg)
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return meaning(err)
+}
+
+// address gives a device an address; in IPv6 without asking the others whether they have it.
+func (h *host) address(index int, a netip.Prefix) error {
+	req := h.request(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	msg := nl.NewIfAddrmsg(family(a.Addr()))
+	msg.Prefixlen, msg.Index = uint8(a.Bits()), uint32(index)
+	ip := a.Addr().AsSlice()
+	if a.Addr().Is6() {
+		msg.IfAddrmsg.Flags = unix.IFA_F_NODAD
+	}
+	req.AddData(msg)
+	req.AddData(nl.NewRtAttr(unix.IFA_LOCAL, ip))
+	req.AddData(nl.NewRtAttr(unix.IFA_ADDRESS, ip))
+	if last, ok := broadcast(a); ok {
+		req.AddData(nl.NewRtAttr(unix.IFA_BROADCAST, last.AsSlice()))
+	}
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return meaning(err)
+}
+
+// broadcast is the last address of an IPv4 subnet that has more than two (RFC 3021).
+func broadcast(a netip.Prefix) (netip.Addr, bool) {
+	if !a.Addr().Is4() || a.Bits() > 30 {
+		return netip.Addr{}, false
+	}
+	_, last := podRange(a)
+	return last.Next(), true
+}
+
+func (h *host) defaultRoute(index int, gw netip.Addr) error {
+	req := h.request(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	msg := nl.NewRtMsg()
+	msg.Family = uint8(family(gw))
+	req.AddData(msg)
+	req.AddData(nl.NewRtAttr(unix.RTA_GATEWAY, gw.AsSlice()))
+	req.AddData(nl.NewRtAttr(unix.RTA_OIF, nl.Uint32Attr(uint32(index))))
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return meaning(err)
+}
+
+func family(a netip.Addr) int {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
 }
 
 // setSysctl gives a kernel setting a value, unless it has it, and sees that it took.
@@ -128,7 +185,12 @@ func setSysctl(path, want string) error {
 }
 
 // broken names what is wrong with the end. It must be called within the pod's namespace.
-func (e *end) broken(h *netlink.Handle, mac backend.MAC) (broken []error) {
+func (e *end) broken(mac backend.MAC) (broken []error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return []error{fmt.Errorf("opening a netlink socket: %w", err)}
+	}
+	defer h.Close()
 	l, err := h.LinkByName(e.iface)
 	if err != nil {
 		return []error{fmt.Errorf("interface %s is missing (%w)", e.iface, err)}

@@ -29,14 +29,17 @@ func TestMain(m *testing.M) {
 	netnstest.Main(m)
 }
 
-// upstream is the module of the plugins that are delegated to.
-const upstream = "github.com/containernetworking/plugins/plugins/meta/"
+// upstream is where the plugins are that others have written.
+const upstream = "github.com/containernetworking/plugins/plugins/"
+
+// debian is where Debian's containernetworking-plugins has its plugins.
+const debian = "/usr/lib/cni"
 
 // plugin builds tweed-cni and what it delegates to, once, into the /run of the tests, which goes with them.
 var plugin = sync.OnceValues(func() (string, error) {
 	const dir = "/run/bin"
 	cmd := exec.Command("go", "build", "-ldflags", "-s -w", "-o", dir+"/",
-		"tweed.dev/tweed/cmd/tweed-cni", upstream+"portmap", upstream+"bandwidth")
+		"tweed.dev/tweed/cmd/tweed-cni", upstream+"meta/portmap", upstream+"meta/bandwidth")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)

@@ -100,8 +100,11 @@ func ReadNodeInfo(runDir string) (NodeInfo, error) {
 		return NodeInfo{}, err
 	}
 	var n NodeInfo
-	if err := json.Unmarshal(text, &n); err != nil {
-		return NodeInfo{}, fmt.Errorf("%s cannot be read: %w; restart the tweed daemon to have it written anew", path, err)
+	if !n.plain(text) {
+		n = NodeInfo{}
+		if err := json.Unmarshal(text, &n); err != nil {
+			return NodeInfo{}, fmt.Errorf("%s cannot be read: %w; restart the tweed daemon to have it written anew", path, err)
+		}
 	}
 	if n.Version != nodeInfoVersion {
 		return NodeInfo{}, fmt.Errorf("%s has version %d, this tweed-cni reads version %d: daemon and plugin are of "+

@@ -12,7 +12,6 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -148,11 +147,10 @@ func (h *host) create(v veth, held *hold) error {
 
 // wire makes a pair of devices that is there work. The error is ctx's if that has ended meanwhile.
 func (h *host) wire(ctx context.Context, v veth, held *hold, inPod *end, bridge, sysctlRoot string) error {
-	made, err := h.link(v.name)
-	if err != nil {
+	var err error
+	if held.Index, err = h.index(v.name); err != nil {
 		return err
 	}
-	held.Index = made.Index
 	if err := held.save(); err != nil {
 		return err
 	}
@@ -163,14 +161,14 @@ func (h *host) wire(ctx context.Context, v veth, held *hold, inPod *end, bridge,
 	if err := h.guard(v, held); err != nil {
 		return err
 	}
-	err = within(v.podNS, func(nl *netlink.Handle) error { return inPod.configure(nl, sysctlRoot) })
+	err = within(v.podNS, func() error { return inPod.configure(sysctlRoot) })
 	if held.Apart = inPod.apart; err == nil && len(held.Apart) > 0 {
 		err = held.save()
 	}
 	if err != nil {
 		return err
 	}
-	if err := settle(v.name, bridge); err != nil {
+	if err := errors.Join(h.settle(v.name), h.settle(bridge)); err != nil {
 		return err
 	}
 	if err := context.Cause(ctx); err != nil {
@@ -297,8 +295,8 @@ func Check(c Config, p Pod) error {
 	}
 	inPod, mac := c.remembered(&end{iface: p.Interface, addrs: rec.Addrs, gateways: info.Gateways, apart: rec.Apart}, rec.MAC)
 	broken := host.broken(rec, info)
-	err = within(ns, func(nl *netlink.Handle) error {
-		broken = append(broken, inPod.broken(nl, mac)...)
+	err = within(ns, func() error {
+		broken = append(broken, inPod.broken(mac)...)
 		return nil
 	})
 	if err != nil {
@@ -339,7 +337,7 @@ func (s *store) unrecorded(c Config, p Pod) error {
 	text := fmt.Sprintf("pod %s: the address store in %s has no record of interface %s", p.Container, s.runDir,
 		p.Interface)
 	alive, err := s.alive(vethName(p.Container, p.Interface), 0)
-	if err != nil || alive || c.delegates() {
+	if err != nil || alive || c.Delegates() {
 		return errors.Join(errors.New(text), err)
 	}
 	return fail(types.ErrUnknownContainer, "%s", text)

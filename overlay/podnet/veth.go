@@ -2,6 +2,7 @@ package podnet
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -10,11 +11,9 @@ import (
 	"os"
 	"slices"
 	"syscall"
-	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"tweed.dev/tweed/backend"
@@ -22,9 +21,6 @@ import (
 
 // skipStats spares the kernel collecting counters for an answer (RTEXT_FILTER_SKIP_STATS, linux/rtnetlink.h).
 const skipStats = 1 << 3
-
-// A host is a netlink socket in the host's network namespace.
-type host struct{ sockets map[int]*nl.SocketHandle }
 
 // A link is what the host knows of a network device.
 type link struct {
@@ -36,17 +32,6 @@ type link struct {
 
 func (l link) ours(kind string) bool { return l.Group == backend.Owner && l.kind == kind }
 
-// dial opens a socket in the network namespace of the calling thread.
-func dial() (*host, error) {
-	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, fmt.Errorf("opening a netlink socket: %w", err)
-	}
-	return &host{map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}}, nil
-}
-
-func (h *host) close() { h.sockets[unix.NETLINK_ROUTE].Close() }
-
 func (h *host) store(runDir string, call caller) *store {
 	return &store{runDir: runDir, call: call, alive: func(veth string, index int) (bool, error) {
 		l, err := h.link(veth)
@@ -55,12 +40,6 @@ func (h *host) store(runDir string, call caller) *store {
 		}
 		return err == nil && (index == 0 || l.Index == index), err
 	}}
-}
-
-func (h *host) request(kind, flags int) *nl.NetlinkRequest {
-	r := nl.NewNetlinkRequest(kind, flags|unix.NLM_F_ACK)
-	r.Sockets = h.sockets
-	return r
 }
 
 // link looks a device up. The error is ENODEV where there is none of the name.
@@ -76,30 +55,66 @@ func (h *host) link(name string) (link, error) {
 	if len(msgs) != 1 {
 		return link{}, fmt.Errorf("looking up %s: the kernel gave %d answers", name, len(msgs))
 	}
-	l, err := netlink.LinkDeserialize(nil, msgs[0])
-	if err != nil {
-		return link{}, fmt.Errorf("looking up %s: %w", name, err)
-	}
-	return link{LinkAttrs: *l.Attrs(), kind: l.Type(), port: portSettings(msgs[0])}, nil
+	return parseLink(msgs[0])
 }
 
-// portSettings finds the settings of a bridge's port, which the library leaves aside, in a message about a link.
-func portSettings(msg []byte) map[uint16]byte {
+// parseLink reads what is of interest here in a message about a link.
+func parseLink(msg []byte) (l link, err error) {
 	attrs, err := nl.ParseRouteAttr(msg[unix.SizeofIfInfomsg:])
-	for _, want := range []uint16{unix.IFLA_LINKINFO, nl.IFLA_INFO_SLAVE_DATA} {
-		i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type&nl.NLA_TYPE_MASK == want })
-		if err != nil || i < 0 {
-			return nil
-		}
-		attrs, err = nl.ParseRouteAttr(attrs[i].Value)
+	if err != nil {
+		return l, fmt.Errorf("reading the kernel's answer about a link: %w", err)
 	}
-	settings := map[uint16]byte{}
+	head := nl.DeserializeIfInfomsg(msg)
+	l.Index, l.RawFlags = int(head.Index), head.Flags
+	for _, a := range attrs {
+		switch a.Attr.Type &^ unix.NLA_F_NESTED {
+		case unix.IFLA_IFNAME:
+			l.Name = unix.ByteSliceToString(a.Value)
+		case unix.IFLA_ADDRESS:
+			l.HardwareAddr = a.Value
+		case unix.IFLA_MASTER:
+			l.MasterIndex = int(binary.NativeEndian.Uint32(a.Value))
+		case unix.IFLA_GROUP:
+			l.Group = binary.NativeEndian.Uint32(a.Value)
+		case unix.IFLA_OPERSTATE:
+			l.OperState = netlink.LinkOperState(a.Value[0])
+		case unix.IFLA_LINKINFO:
+			l.kind = unix.ByteSliceToString(nested(a.Value, nl.IFLA_INFO_KIND))
+			l.port = portSettings(nested(a.Value, nl.IFLA_INFO_SLAVE_DATA))
+		}
+	}
+	return l, nil
+}
+
+// portSettings reads the settings of a bridge's port.
+func portSettings(data []byte) map[uint16]byte {
+	attrs, err := nl.ParseRouteAttr(data)
+	if err != nil {
+		return nil
+	}
+	settings := make(map[uint16]byte, len(attrs))
 	for _, a := range attrs {
 		if len(a.Value) == 1 {
 			settings[a.Attr.Type&nl.NLA_TYPE_MASK] = a.Value[0]
 		}
 	}
 	return settings
+}
+
+// nested finds an attribute by the types on the way to it; nil where there is none.
+func nested(value []byte, path ...uint16) []byte {
+	for _, kind := range path {
+		attrs, err := nl.ParseRouteAttr(value)
+		if err != nil {
+			return nil
+		}
+		i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type&^unix.NLA_F_NESTED == kind })
+		if i < 0 {
+			return nil
+		}
+		value = attrs[i].Value
+	}
+	return value
 }
 
 // A veth is a pair of devices: one end a port of the bridge, the other in the pod.
@@ -161,32 +176,6 @@ func (h *host) setPort(index int, flags uint32, settings ...*nl.RtAttr) error {
 	req.AddData(info)
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	return meaning(err)
-}
-
-// settle has the kernel take note of devices' carriers now. By itself it does so when a worker gets to it, and until
-// then drops what a device is to send: a pod's first packet would be lost, and be sent again a second later. Asking for
-// the state of the link does it (linkwatch_sync_dev, net/core/link_watch.c). It acts in the calling thread's namespace.
-func settle(devs ...string) error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("opening a socket: %w", err)
-	}
-	defer unix.Close(fd)
-	for _, dev := range devs {
-		value := struct{ cmd, data uint32 }{cmd: unix.ETHTOOL_GLINK} // struct ethtool_value, linux/ethtool.h
-		var req struct {                                             // struct ifreq, linux/if.h
-			name [unix.IFNAMSIZ]byte
-			data unsafe.Pointer
-			_    [16]byte
-		}
-		copy(req.name[:unix.IFNAMSIZ-1], dev)
-		req.data = unsafe.Pointer(&value)
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req)))
-		if errno != 0 {
-			return fmt.Errorf("ethtool %s: %w", dev, errno)
-		}
-	}
-	return nil
 }
 
 // remove deletes a pair by its host's end. One that is gone, or has another index than the one given (0 stands for
