@@ -1,11 +1,13 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -127,7 +129,7 @@ func TestNothingIsReadOfTheTableAtRest(t *testing.T) {
 	filterOps(t, h, judging(3))
 	d.end()
 	for _, c := range asked {
-		if strings.HasPrefix(fmt.Sprint(c), "nft") && !strings.Contains(fmt.Sprint(c), fmt.Sprint(unix.NFT_MSG_GETGEN)) {
+		if strings.HasPrefix(fmt.Sprint(c), "nft") && !strings.Contains(fmt.Sprint(c), strconv.Itoa(unix.NFT_MSG_GETGEN)) {
 			t.Errorf("asked for %v", c)
 		}
 	}
@@ -186,7 +188,7 @@ func TestPortIsOpenedByHand(t *testing.T) {
 			h := newRealHost(t)
 			var log strings.Builder
 			h.ns.Do(t, func() {
-				h.Kernel.Close()
+				h.Close()
 				h.Kernel, _ = New(Options{NoPortLocks: lockless, Log: slog.New(slog.NewTextHandler(&log, nil))})
 			})
 			h.addPort("pod1")
@@ -313,7 +315,7 @@ func TestPodsAreJudgedByAKernelThatCannot(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 	}
-	if err := explainSpoof(backend.Op{Do: backend.Add, What: spoof.Rules{}}, unix.ENOBUFS); err != unix.ENOBUFS {
+	if err := explainSpoof(backend.Op{Do: backend.Add, What: spoof.Rules{}}, unix.ENOBUFS); !errors.Is(err, unix.ENOBUFS) {
 		t.Errorf("%v", err)
 	}
 }

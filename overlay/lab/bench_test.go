@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -100,7 +101,7 @@ func (d *dataPath) tweed(v variant, i int) {
 	l := newLab(d)
 	l.Out = io.Discard
 	if i > 0 {
-		l.Prefix, l.Dir = fmt.Sprint("v", i), l.Dir+fmt.Sprint(i)
+		l.Prefix, l.Dir = fmt.Sprint("v", i), l.Dir+strconv.Itoa(i)
 	}
 	l.afterStep = func(step string) error {
 		if v.keys == "" || step != nodeName(1) && step != nodeName(2) {

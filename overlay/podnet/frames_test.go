@@ -3,10 +3,10 @@ package podnet
 import (
 	"bytes"
 	"encoding/binary"
-	"fmt"
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -121,7 +121,7 @@ func untagged(frame []byte) []byte {
 // passes sends frames, and tells which of them another pod gets.
 func (p identity) passes(t testing.TB, to identity, frames ...[]byte) []bool {
 	t.Helper()
-	last := ether2(to.mac, p.mac, unix.ETH_P_IP, packet4(p.ip4, to.ip4, udp4(1, 2, fmt.Sprint(time.Now().UnixNano()))))
+	last := ether2(to.mac, p.mac, unix.ETH_P_IP, packet4(p.ip4, to.ip4, udp4(1, 2, strconv.FormatInt(time.Now().UnixNano(), 10))))
 	p.send(t, append(slices.Clone(frames), last)...)
 	return to.until(t, last, frames...)
 }

@@ -130,7 +130,7 @@ func (h *host) address(index int, a netip.Prefix) error {
 	msg.Prefixlen, msg.Index = uint8(a.Bits()), uint32(index)
 	ip := a.Addr().AsSlice()
 	if a.Addr().Is6() {
-		msg.IfAddrmsg.Flags = unix.IFA_F_NODAD
+		msg.Flags = unix.IFA_F_NODAD
 	}
 	req.AddData(msg)
 	req.AddData(nl.NewRtAttr(unix.IFA_LOCAL, ip))

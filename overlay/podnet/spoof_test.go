@@ -253,7 +253,9 @@ func TestNftablesRemembersAPod(t *testing.T) {
 		n := newNode(t, subnet4)
 		n.mustAdd("one", netnstest.New(t))
 		n.Run(t, "ip link del "+vethName("one", "eth0"))
-		n.sweep("")
+		if err := n.sweep(""); err != nil {
+			t.Error(err)
+		}
 		if left := n.Run(t, "nft list table bridge tweed"); strings.Contains(left, vethName("one", "eth0")) {
 			t.Errorf("after the sweep: %s", left)
 		}
