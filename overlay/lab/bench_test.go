@@ -18,6 +18,7 @@ import (
 const (
 	requestsGoal    = 0.95
 	connectionsGoal = 0.90
+	spoofingGoal    = 0.95 // of the requests without what keeps pods from sending as others
 
 	dataRounds = 11
 	dataTime   = 250 * time.Millisecond
@@ -81,10 +82,13 @@ type way struct {
 
 // variants are the pods' nodes that are measured, with keys for their net-conf.json. To see what a key costs, add it here.
 func variants() []variant {
-	return []variant{{name: "tweed"}}
+	return []variant{{name: "tweed"}, {name: unjudged, keys: `"PodSpoofing": "allow"`}}
 }
 
 type variant struct{ name, keys string }
+
+// unjudged are pods that may send as others.
+const unjudged = "spoofing allowed"
 
 func newDataPath(t testing.TB) *dataPath {
 	d := &dataPath{TB: t}
@@ -120,7 +124,7 @@ func (d *dataPath) tweed(v variant, i int) {
 		}
 		return l.netns(node, pod), addrs[0]
 	}
-	d.pods(v.name, true, at)
+	d.pods(v.name, i == 0, at)
 	if i == 0 {
 		d.nodes(l, at)
 	}
@@ -251,12 +255,14 @@ func (d *dataPath) report() {
 	}
 }
 
-// ofFloor is the median of what was reached on a way of what the floor reached in the same round, for the load of the machine
+func (d *dataPath) ofFloor(p *way, load int) float64 { return of(p, d.floorOf(p), load) }
+
+// of is the median of what was reached on a way of what another reached in the same round, for the load of the machine
 // changes from one round to the next.
-func (d *dataPath) ofFloor(p *way, load int) float64 {
+func of(p, other *way, load int) float64 {
 	var parts []float64
 	for round, rate := range p.rates[load] {
-		parts = append(parts, rate/d.floorOf(p).rates[load][round])
+		parts = append(parts, rate/other.rates[load][round])
 	}
 	return quantile(parts, 0.5)
 }
@@ -277,6 +283,12 @@ func (d *dataPath) judge() {
 			if part := d.ofFloor(p, load); part < goal {
 				d.Errorf("%s, %s: %s are %.2f of the floor's; they are to be %.2f", p.name, p.where, loads()[load].name, part, goal)
 			}
+		}
+		free := slices.IndexFunc(d.ways, func(f *way) bool { return f.name == unjudged && f.where == p.where })
+		part := of(p, d.ways[free], request)
+		d.Logf("%s: requests of those where spoofing is allowed: %.2f", p.where, part)
+		if part < spoofingGoal {
+			d.Errorf("%s: requests are %.2f of those where spoofing is allowed; they are to be %.2f", p.where, part, spoofingGoal)
 		}
 	}
 }
