@@ -33,9 +33,11 @@ const (
 // A faulty is a cluster in which each node but one goes to the API server by a detour of its own.
 type faulty struct {
 	*cluster.Cluster
-	straight  *cluster.Node
-	lanes     []*lane
-	bystander ghostNode // a peer whose route goes missing, to be repaired
+	straight *cluster.Node
+	lanes    []*lane
+	// bystanders are peers whose routes go missing, to be repaired. They take turns: who has one route to repair as often
+	// as there are faults takes it for a fight, and tells.
+	bystanders []ghostNode
 }
 
 // A lane is one node with the faults that it goes through, one after the other, beside the other lanes.
@@ -46,12 +48,13 @@ type lane struct {
 	detour *cluster.Detour
 	number int
 	news   int // ghosts so far
+	drifts int // routes that went missing so far
 	steps  func(*lane, *testing.T)
 }
 
 // TestAPIFaults goes through what can be wrong with an API server.
 func TestAPIFaults(t *testing.T) {
-	s := &faulty{Cluster: cluster.Start(t, programs(t)), bystander: ghost(99)}
+	s := &faulty{Cluster: cluster.Start(t, programs(t)), bystanders: []ghostNode{ghost(98), ghost(99)}}
 	for _, l := range []lane{
 		{name: "Away", steps: (*lane).away},
 		{name: "Hole", steps: (*lane).hole},
@@ -91,13 +94,17 @@ func (s *faulty) bringUp(t *testing.T) {
 		l.detour = s.NewDetour(t, 7000+l.number)
 		l.node.GoBy(t, l.detour.URL)
 	}
-	s.CreateNode(t, s.bystander.name, nil, nil, s.bystander.annotations)
+	for _, g := range s.bystanders {
+		s.CreateNode(t, g.name, nil, nil, g.annotations)
+	}
 	for _, n := range s.Nodes {
 		n.StartDaemon(t)
 	}
 	for _, n := range s.Nodes {
 		n.AwaitReady(t)
-		cluster.Await(t, "a route to the bystander on "+n.Name, func() error { return hasRoute(t, n, s.bystander) })
+		for _, g := range s.bystanders {
+			cluster.Await(t, "a route to the bystander on "+n.Name, func() error { return hasRoute(t, n, g) })
+		}
 		n.AddPod(t, "pod")
 	}
 	s.Progress("nodes are ready, pods are attached")
@@ -183,8 +190,10 @@ func (l *lane) isFine(t *testing.T) {
 // drift takes a route of ours away, which has to come back.
 func (l *lane) drift(t *testing.T) {
 	t.Helper()
-	l.node.NetNS.Run(t, "ip route del "+l.bystander.subnet)
-	cluster.Await(t, "the route to come back on "+l.node.Name, func() error { return hasRoute(t, l.node, l.bystander) })
+	g := l.bystanders[l.drifts%len(l.bystanders)]
+	l.drifts++
+	l.node.NetNS.Run(t, "ip route del "+g.subnet)
+	cluster.Await(t, "the route to come back on "+l.node.Name, func() error { return hasRoute(t, l.node, g) })
 }
 
 // countTries looks at how often a minute the daemon has tried since the pauses became as long as they get: by a
