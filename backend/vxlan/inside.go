@@ -152,6 +152,18 @@ func heldAddr(dev string, a netip.Addr) backend.Addr {
 	return backend.Addr{AddrKey: key, NoDAD: a.Is6(), NoPrefixRoute: a.Is6()}
 }
 
+// nodeKey is that of the route to a node's own address. Before the kernel adds an IPv4 route it looks for another with the
+// same way out, in a list of all that share their device, source and metric (fib_find_info in net/ipv4/fib_semantics.c),
+// whatever their table. Where thousands of peers have two routes each, that is most of the time that they take to make. To
+// a single address no other route leads, so the metric is free to part them.
+func nodeKey(a netip.Addr) backend.RouteKey {
+	key := backend.RouteKey{Table: backend.NodesTable, Dst: single(a)}
+	if b := a.AsSlice(); a.Is4() {
+		key.Metric = 1 + int(b[len(b)-1])
+	}
+	return key
+}
+
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // rulePriority is the place of our rules among others: behind what is local to the host (0), in front of the main table

@@ -57,7 +57,7 @@ func TestNodeIsNotReachedInside(t *testing.T) {
 		peers: peerInside("node-7", "17", "192.0.2.17", "2001:db8::17"),
 		want: `ip addr add 192.0.2.11/32 dev tweed.1
 ip addr add 2001:db8::11/128 dev tweed.1 nodad noprefixroute
-ip route add 192.0.2.17/32 via 10.244.17.0 dev tweed.1 onlink proto 116 table 116
+ip route add 192.0.2.17/32 via 10.244.17.0 dev tweed.1 onlink proto 116 metric 18 table 116
 ip -6 route add 2001:db8::17/128 via fe80::1cd0:b4ff:fe61:315a dev tweed.1 proto 116 table 116`,
 	}, {
 		name: "a NAT stands in front of this node, and one in front of the peer's IPv4 address",
@@ -78,7 +78,7 @@ ip -6 route add 2001:db8::17/128 via fe80::1cd0:b4ff:fe61:315a dev tweed.1 proto
 		want: `ip addr add 192.0.2.11/32 dev tweed.1
 ip addr add 2001:db8::11/128 dev tweed.1 nodad noprefixroute
 ip addr add 10.244.3.1 peer 10.244.8.0/32 dev tweed.1 noprefixroute
-ip route add 192.0.2.17/32 via 10.244.17.0 dev tweed.1 onlink proto 116 table 116
+ip route add 192.0.2.17/32 via 10.244.17.0 dev tweed.1 onlink proto 116 metric 18 table 116
 ip -6 route add fd00:10:244:8::/64 via fe80::c6b:2cff:fe01:203 dev tweed.1 proto 116 src fd00:10:244:3::1`,
 	}, {
 		name: "a peer of an older version, and a NAT in front of this node", up: uplink("192.0.2.11"),
@@ -116,7 +116,7 @@ func TestYoungerNodeTakesTheAddressOfAnOlder(t *testing.T) {
 	}
 	for _, peers := range [][]subnet.Lease{append(older, younger...), append(younger, older...)} {
 		s := config("node-3", 4).Desired(nil, peers, uplink("192.0.2.11"))
-		key := backend.RouteKey{Table: backend.NodesTable, Dst: netip.MustParsePrefix("192.0.2.17/32")}
+		key := backend.RouteKey{Table: backend.NodesTable, Dst: netip.MustParsePrefix("192.0.2.17/32"), Metric: 18}
 		if got := s.Routes[key].Peer; got != "node-9" {
 			t.Errorf("192.0.2.17 is %q's", got)
 		}

@@ -123,7 +123,7 @@ func (c Config) Desired(self, peers []subnet.Lease, up backend.Uplink) backend.S
 			continue
 		}
 		joined[p.NodeAddr()] = p.Since
-		route.RouteKey = backend.RouteKey{Table: backend.NodesTable, Dst: single(p.NodeAddr())}
+		route.RouteKey = nodeKey(p.NodeAddr())
 		s.Routes[route.RouteKey] = route
 	}
 	// So that the check of where a packet comes from (rp_filter) goes by the mark too. It is for IPv4 alone.
