@@ -51,9 +51,7 @@ func (p *Planner) renew(list subnet.List) []backend.Op {
 	in.generation = list.Generation
 	p.want(in, list)
 	ops, _ := backend.Diff(p.desired.state, backend.Observed{State: was})
-	filter := p.desired.filter
-	filter.Spoof = p.known.filter.Spoof // it follows the pods, not the leases
-	ops = append(masq.Diff(filter, p.known.filter), ops...)
+	ops = append(masq.Diff(p.desired.filter, p.known.filter), ops...)
 	if len(ops) > 0 {
 		p.known = nil
 	}
@@ -68,13 +66,31 @@ const mostAmended = 8
 // anything is wrong with these few, or where nodes are in conflict.
 func (p *Planner) amend(list subnet.List) (ops []backend.Op, ok bool) {
 	self, d := p.last.node.Name, &p.desired
-	gone, come, ok := changed(p.listed, list.Leases, self)
-	if !ok || !d.plain {
+	if !d.plain {
 		return nil, false
 	}
+	gone, come, ok := changed(p.listed, list.Leases, self)
+	if ok && len(gone)+len(come) > 0 { // it may be this node's own that are listed otherwise
+		ops, ok = p.exchange(list.Leases, gone, come)
+	}
+	if !ok {
+		return nil, false
+	}
+	d.compareOwn(self, list.Leases)
+	p.last.generation, p.listed = list.Generation, list.Leases
+	if len(ops) > 0 {
+		p.known = nil
+	}
+	return ops, true
+}
+
+// exchange puts what leads to the leases come in the place of what leads to gone, and returns how. It reports false, and
+// has done nothing, where more is to be done than that.
+func (p *Planner) exchange(listed, gone, come []subnet.Lease) (ops []backend.Op, ok bool) {
+	self, d := p.last.node.Name, &p.desired
 	w := p.Config.way(self, p.last.uplink)
 	peers, problems := subnet.Settle(self, p.rules(p.last, w), slices.Concat(d.self, come))
-	if len(peers) != len(come) || len(problems) > 0 || entangled(list.Leases, gone, come) {
+	if len(peers) != len(come) || len(problems) > 0 || entangled(listed, gone, come) {
 		return nil, false
 	}
 	was, _ := w.desired(d.self, gone)
@@ -86,11 +102,6 @@ func (p *Planner) amend(list subnet.List) (ops []backend.Op, ok bool) {
 	d.state.Version++
 	ops = append(p.amendFilter(d.filteredFor(gone), d.filteredFor(come)), ops...)
 	d.amendNodes(gone, come)
-	d.compareOwn(self, list.Leases)
-	p.last.generation, p.listed = list.Generation, list.Leases
-	if len(ops) > 0 {
-		p.known = nil
-	}
 	return ops, true
 }
 
@@ -98,7 +109,6 @@ func (p *Planner) amend(list subnet.List) (ops []backend.Op, ok bool) {
 func (p *Planner) amendFilter(was, now masq.Ruleset) []backend.Op {
 	want, have := p.desired.filter, p.known.filter
 	want.Sets, have.Sets = now.Sets, was.Sets
-	want.Spoof = have.Spoof // as in renew
 	ops := masq.Diff(want, have)
 	for s, addrs := range p.desired.filter.Sets {
 		for a := range was.Sets[s] {

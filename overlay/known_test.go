@@ -184,3 +184,21 @@ func TestLoserOfAConflictIsAPeerOnceTheWinnerIsGone(t *testing.T) {
 		t.Errorf("%d looks; %+v", kern.looks-looks, rep)
 	}
 }
+
+// Pods are no part of what a list of leases asks for, on either way to work that out.
+func TestPodsStayJudgedWhenAListIsCompared(t *testing.T) {
+	near, far := peer("n2", "10.244.2.0/24", "192.0.2.12"), peer("n3", "10.244.3.0/24", "192.0.2.13")
+	twin := peer("n4", "10.244.3.0/24", "192.0.2.14") // a conflict: the whole list is worked out
+	for _, list := range [][]subnet.Lease{{near, far}, {near, far, twin}} {
+		n, kern := knowing(t, near)
+		n.attach(t, "tweed1", "10.244.1.2/24", "lab")
+		n.step(t)
+		n.step(t)
+		looks := kern.looks
+		n.cluster.set(list...)
+		if n.turn(t); kern.looks != looks {
+			t.Errorf("%d leases: %d looks", len(list), kern.looks-looks)
+		}
+		n.wantJudged(t, "after the list", true, "tweed1")
+	}
+}

@@ -213,6 +213,7 @@ func (p *Planner) compare(ctx context.Context, plan *Plan) error {
 		plan.Unread, plan.Blocked, plan.Blind = 1, true, stateErr != nil
 	}
 	if len(plan.Ops) == 0 && !plan.Blocked && strangers == 0 {
+		filter.Spoof = want.filter.Spoof // the rest of it follows the pods, not the leases
 		p.known = &known{filter, slices.Clone(plan.Problems[told:]), plan.Wanted - want.len()}
 	}
 	return nil
