@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"testing"
+	"time"
 
 	"tweed.dev/tweed/backend/vxlan"
 )
@@ -176,11 +177,10 @@ func filterFaults(form string) []fault {
 }
 
 // Each object of ours is deleted and changed by hand, while the slow timer does not come round: the kernel tells of it.
+// Nothing else goes on beside this, for looking at a node takes more of the processor than repairing it.
 func TestDriftThatTheKernelTellsOf(t *testing.T) {
-	t.Parallel()
 	for _, form := range []string{"iptables", "nftables"} {
 		t.Run(form, func(t *testing.T) {
-			t.Parallel()
 			v := newVictim(t, form, intervalVar+"=1h")
 			for _, f := range append(slices.Concat(filterFaults(form), spoofFaults(v.podMAC()), faults()), allAtOnce(form)) {
 				if !f.silent {
@@ -193,10 +193,19 @@ func TestDriftThatTheKernelTellsOf(t *testing.T) {
 
 // The same with the kernel's words withheld: the slow timer finds it, faster than it would be in a real daemon.
 func TestDriftThatNobodyTellsOf(t *testing.T) {
-	t.Parallel()
 	const form = "nftables" // what is read by iptables is not read anew for half a minute
 	v := newVictim(t, form, intervalVar+"=250ms", deafVar+"=1")
+	v.within = 30 * time.Second
 	for _, f := range append(slices.Concat(filterFaults(form), spoofFaults(v.podMAC()), faults()), allAtOnce(form)) {
+		if len(f.want) > 1 {
+			// A pass that was under way when it happened has seen a part of it, and what that pass mends the next one may have
+			// to mend again: neighbours go when the link gets its MAC back.
+			for kind, n := range f.want {
+				if n > 0 {
+					f.want[kind] = some
+				}
+			}
+		}
 		v.suffers(f)
 	}
 }

@@ -106,7 +106,6 @@ func (v *victim) stillRepairs() {
 // A node with a thousand peers loses the routes to all of them at once; then a script takes away the same route for ever,
 // and another one the packet filter.
 func TestStormOfDeletions(t *testing.T) {
-	t.Parallel()
 	const peers = 1000
 	v := newVictim(t, "iptables", intervalVar+"=1h")
 	var batch strings.Builder

@@ -40,6 +40,7 @@ type victim struct {
 	before string         // the dump of n1 when all was well
 	moved  map[string]int // what the counters of drift have to be
 	form   string
+	within time.Duration // after what time a repair is too late
 }
 
 // newVictim makes both nodes. n1's daemon has that environment.
@@ -54,7 +55,7 @@ func newVictim(t *testing.T, form string, env ...string) *victim {
 	}
 	conf := fmt.Sprintf(`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48",
 		"PacketFilter": %q}`, form)
-	v := &victim{metered: &metered{host: one, leases: leases}, two: two, form: form}
+	v := &victim{metered: &metered{host: one, leases: leases}, two: two, form: form, within: soon()}
 	run := t.TempDir()
 	v.daemon = daemonOf(one, env, "odd-tweed", leases, 1, conf, "--metrics-address", ":9480", "--run-dir", run)
 	daemon(two, leases, 2, conf)
@@ -162,15 +163,9 @@ func (v *victim) suffers(f fault) {
 	what := strings.Join(strings.Fields(f.does), " ")
 	start := time.Now()
 	v.shell(f.does)
-	for now := v.dump(); now != v.before; now = v.dump() {
-		if time.Since(start) > soon() {
-			v.t.Errorf("%s: after %v it is\n%s\nand was\n%s", what, soon(), now, v.before)
-			return
-		}
-	}
-	repaired := time.Since(start)
-	if repaired > soon() {
-		v.t.Errorf("%s: repaired after %v, want %v at most", what, repaired, soon())
+	repaired, ok := v.repaired(what, start)
+	if !ok {
+		return
 	}
 	back, gap := v.talk.goesOn(start)
 	v.t.Logf("%4d ms, %4d ms of silence: %s", repaired.Milliseconds(), gap.Milliseconds(), what)
@@ -180,11 +175,31 @@ func (v *victim) suffers(f fault) {
 	v.counted(what, f.want)
 }
 
+// repaired waits until n1 is as it was, and returns how long after start that was seen.
+func (v *victim) repaired(what string, start time.Time) (took time.Duration, ok bool) {
+	v.t.Helper()
+	for {
+		looked := time.Since(start) // it may be a second until all is written down
+		now := v.dump()
+		switch {
+		case now != v.before && looked <= v.within:
+		case now != v.before:
+			v.t.Errorf("%s: after %v it is\n%s\nand was\n%s", what, looked, now, v.before)
+			return looked, false
+		default:
+			if looked > v.within {
+				v.t.Errorf("%s: repaired after %v, want %v at most", what, looked, v.within)
+			}
+			return time.Since(start), true
+		}
+	}
+}
+
 // counted waits until the counters of drift have moved as they should, and takes what has moved besides for an error.
 func (v *victim) counted(what string, want map[string]int) {
 	v.t.Helper()
 	var moved map[string]int
-	for start := time.Now(); time.Since(start) < soon(); {
+	for start := time.Now(); time.Since(start) < v.within; {
 		moved = map[string]int{}
 		for kind, n := range v.drift() {
 			if d := n - v.moved[kind]; d > 0 && want[kind] == some || want[kind] == maybe {
@@ -337,13 +352,10 @@ func (v *victim) metric(name string) int {
 func (v *victim) restored(what string) {
 	v.t.Helper()
 	start := time.Now()
-	for now := v.dump(); now != v.before; now = v.dump() {
-		if time.Since(start) > soon() {
-			v.t.Errorf("%s: after %v it is\n%s\nand was\n%s", what, soon(), now, v.before)
-			return
-		}
+	took, ok := v.repaired(what, start)
+	if !ok {
+		return
 	}
-	took := time.Since(start)
 	if back, _ := v.talk.goesOn(start); !back {
 		v.t.Errorf("%s: all is repaired, and pods do not reach each other", what)
 	}
