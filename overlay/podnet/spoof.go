@@ -126,42 +126,26 @@ func judge(entries []spoof.Entry) error {
 	return err
 }
 
-// removeJudged removes a pod's veth, and what nftables knows of it. Both wait for the same long moment, in which no
-// processor looks at what goes any more, so they wait together; and so that nothing gets past nftables meanwhile,
-// nothing is taken in from the pod to begin with.
+// removeJudged removes a pod's veth, and what nftables knows of it. To begin with nothing is taken in from the pod any
+// more, so nothing gets past nftables meanwhile.
+//
+// Both wait for a long moment, in which no processor looks at what goes any more. nftables begins its own on the side, and
+// waits for its end when the socket is closed, with a lock held that removing a device needs. So that is done last: by
+// then the other wait is over, and with it this one.
 //
 // What nftables knows of a pod whose record was lost does no harm: no other pod gets the name of the veth. The daemon
 // takes it away.
 func (h *host) removeJudged(rec record) error {
-	if h.shut(rec) != nil { // it is gone, or no port
-		err := h.remove(rec.Veth, rec.Index)
-		if err == nil {
-			rec.acquit()
-		}
-		return err
-	}
-	done := make(chan struct{})
-	nft, err := dialNFT()
-	if err != nil {
-		close(done)
-	} else {
-		go func() { defer close(done); nft.acquit(rec) }()
-	}
-	err = h.remove(rec.Veth, rec.Index)
-	<-done
-	return err
-}
-
-// acquit takes away what nftables knows of a pod whose veth is gone.
-func (r record) acquit() {
+	_ = h.shut(rec) // what is no port, or gone, lets nothing in
 	if nft, err := dialNFT(); err == nil {
-		nft.acquit(r)
+		defer nft.close()
+		nft.acquit(rec)
 	}
+	return h.remove(rec.Veth, rec.Index)
 }
 
-// acquit is the last that is done with a socket. The table may be gone, or not know the pod.
+// acquit takes away what nftables knows of a pod. The table may be gone, or not know it.
 func (n nft) acquit(r record) {
-	defer n.close() // which is what waits
 	if len(r.Addrs) > 0 {
 		_ = n.transact(spoof.Delete(r.entries()))
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -169,7 +170,7 @@ func (s *store) claim(r record) (*hold, error) {
 }
 
 func (s *store) create(r record) (h *hold, tmp string, err error) {
-	f, err := os.CreateTemp(s.podDir(), litter)
+	f, err := s.temporary()
 	if err != nil {
 		return nil, "", err
 	}
@@ -179,6 +180,16 @@ func (s *store) create(r record) (h *hold, tmp string, err error) {
 		h.release()
 	}
 	return h, f.Name(), err
+}
+
+// temporary makes a file that nobody else has.
+func (s *store) temporary() (*os.File, error) {
+	for n := os.Getpid(); ; n++ { // of several namespaces, perhaps
+		f, err := open(s.pod(litter+strconv.Itoa(n)), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		if !errors.Is(err, fs.ErrExist) {
+			return f, err
+		}
+	}
 }
 
 // clear makes way for r where an earlier attachment of the same name is gone without a DEL.
@@ -211,7 +222,7 @@ func (s *store) hold(path string, how int) (*hold, error) {
 		flags = os.O_RDONLY
 	}
 	for {
-		f, err := os.OpenFile(path, flags|unix.O_NOFOLLOW, 0)
+		f, err := open(path, flags|unix.O_NOFOLLOW, 0)
 		if err != nil {
 			return nil, err
 		}
@@ -243,11 +254,14 @@ func readRecord(r io.Reader) (record, error) {
 
 // save writes the record in place, for the lock is on this very file.
 func (h *hold) save() error {
-	text, err := json.Marshal(h.record)
-	if err != nil {
-		return err
+	text := h.plain()
+	if text == nil {
+		var err error
+		if text, err = json.Marshal(h.record); err != nil {
+			return err
+		}
 	}
-	_, err = h.file.WriteAt(append(text, '\n'), 0)
+	_, err := h.file.WriteAt(append(text, '\n'), 0)
 	return h.store.trouble(err)
 }
 
@@ -273,7 +287,7 @@ func (h *hold) pick(subnet netip.Prefix) (netip.Addr, error) {
 func (h *hold) next(subnet netip.Prefix) (netip.Addr, error) {
 	first, last := podRange(subnet)
 	start := first
-	if text, err := os.ReadFile(h.store.last(subnet)); err == nil {
+	if text, err := readFile(h.store.last(subnet)); err == nil {
 		if a, err := netip.ParseAddr(strings.TrimSpace(string(text))); err == nil && !a.Less(first) && a.Less(last) {
 			start = a.Next()
 		}
@@ -297,7 +311,7 @@ func (h *hold) next(subnet netip.Prefix) (netip.Addr, error) {
 
 // remember writes which address was handed out last, always as many bytes, so that no reader finds the file empty.
 func (s *store) remember(subnet netip.Prefix, a netip.Addr) error {
-	f, err := os.OpenFile(s.last(subnet), os.O_WRONLY|os.O_CREATE, 0o644)
+	f, err := open(s.last(subnet), os.O_WRONLY|os.O_CREATE, 0o644)
 	if err != nil {
 		return err
 	}
@@ -480,7 +494,10 @@ func (h *hold) freeDead() (freed []netip.Addr, err error) {
 		h.release()
 		return nil, err
 	}
-	h.acquit()
+	if nft, err := dialNFT(); err == nil {
+		nft.acquit(h.record)
+		nft.close()
+	}
 	return h.free()
 }
 
@@ -572,6 +589,30 @@ func list(dir string) ([]string, error) {
 	}
 	defer f.Close()
 	return f.Readdirnames(-1)
+}
+
+// open is os.OpenFile for files that never block. It leaves out what the runtime prepares for others, which is a good
+// part of what an ADD does with files.
+func open(path string, flags int, perm uint32) (*os.File, error) {
+	for {
+		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, perm)
+		switch {
+		case err == nil:
+			return os.NewFile(uintptr(fd), path), nil
+		case !errors.Is(err, unix.EINTR):
+			return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+		}
+	}
+}
+
+// readFile is os.ReadFile for such files.
+func readFile(path string) ([]byte, error) {
+	f, err := open(path, os.O_RDONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(f)
 }
 
 func flock(f *os.File, how int) error {
