@@ -20,7 +20,7 @@ import (
 
 // openNetNS opens a network namespace other than this thread's own.
 func openNetNS(path string) (*os.File, error) {
-	f, err := os.Open(path)
+	f, err := open(path, os.O_RDONLY, 0)
 	if notExist(err) {
 		return nil, fail(types.ErrInvalidNetNS,
 			"CNI_NETNS: there is no network namespace %s; the pod's sandbox is gone", path)
@@ -48,7 +48,7 @@ func openNetNS(path string) (*os.File, error) {
 // within calls f in a network namespace. What f opens there stays there.
 func within(ns *os.File, f func() error) error {
 	runtime.LockOSThread()
-	own, err := os.Open("/proc/thread-self/ns/net")
+	own, err := open("/proc/thread-self/ns/net", os.O_RDONLY, 0)
 	if err == nil {
 		defer own.Close()
 		err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)

@@ -92,7 +92,7 @@ func (n NodeInfo) Write(runDir string) error {
 // ReadNodeInfo reads the node.json of runDir. The error is ErrAbsent where there is none, or one of another boot.
 func ReadNodeInfo(runDir string) (NodeInfo, error) {
 	path := nodeInfoPath(runDir)
-	text, err := os.ReadFile(path)
+	text, err := readFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return NodeInfo{}, fmt.Errorf("%w (no %s); see that its pod runs, and what it logs", ErrAbsent, path)
 	}
@@ -123,7 +123,7 @@ func ReadNodeInfo(runDir string) (NodeInfo, error) {
 
 // BootID names this boot of the kernel (/proc/sys/kernel/random/boot_id, random(4)).
 func BootID() (string, error) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	id, err := readFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return "", fmt.Errorf("reading which boot this is: %w", err)
 	}

@@ -16,25 +16,22 @@ import (
 // what it could know, anew in each process, and that is a quarter of the time of an ADD. Whatever looks unusual is left
 // to it, and with it every error; so nothing here has to be complete, but all of it has to be right.
 
-// members takes a JSON object apart: names, and values as they are written. It declines (nil) what is no object, and
-// names with escapes or twice.
+// members takes a JSON object apart: names, and values as they are written. It declines (nil) what is no object or not
+// plain, and names twice.
 func members(text []byte) map[string]json.RawMessage {
-	if !json.Valid(text) { // from here on, what begins also ends
-		return nil
-	}
-	text = bytes.TrimSpace(text)
-	if text[0] != '{' {
+	text = bytes.Trim(text, space)
+	if plainSize(text) != len(text) || len(text) == 0 || text[0] != '{' {
 		return nil
 	}
 	found := map[string]json.RawMessage{}
 	for rest := skip(text[1:]); rest[0] != '}'; {
-		size := valueSize(rest)
-		name, ok := plainString(rest[:size])
-		if _, twice := found[name]; twice || !ok {
+		size := plainSize(rest)
+		name, _ := plainString(rest[:size])
+		if _, twice := found[name]; twice {
 			return nil
 		}
 		rest = skip(skip(rest[size:])[1:]) // the colon
-		size = valueSize(rest)
+		size = plainSize(rest)
 		found[name] = json.RawMessage(rest[:size])
 		if rest = skip(rest[size:]); rest[0] == ',' {
 			rest = skip(rest[1:])
@@ -45,11 +42,11 @@ func members(text []byte) map[string]json.RawMessage {
 
 // elements is members for an array; ok is false where it declines.
 func elements(text []byte) (found []json.RawMessage, ok bool) {
-	if len(text) == 0 || text[0] != '[' {
+	if plainSize(text) != len(text) || len(text) == 0 || text[0] != '[' {
 		return nil, false
 	}
 	for rest := skip(text[1:]); rest[0] != ']'; {
-		size := valueSize(rest)
+		size := plainSize(rest)
 		found = append(found, json.RawMessage(rest[:size]))
 		if rest = skip(rest[size:]); rest[0] == ',' {
 			rest = skip(rest[1:])
@@ -58,35 +55,73 @@ func elements(text []byte) (found []json.RawMessage, ok bool) {
 	return found, true
 }
 
-func skip(text []byte) []byte { return bytes.TrimLeft(text, " \t\r\n") }
+const space = " \t\r\n" // as JSON has it
 
-// valueSize is the length of the value that valid JSON begins with.
-func valueSize(text []byte) int {
-	depth, quoted := 0, false
-	for i := 0; i < len(text); i++ {
-		switch c := text[i]; {
-		case quoted && c == '\\':
-			i++
-		case c == '"':
-			quoted = !quoted
-			if !quoted && depth == 0 {
-				return i + 1
-			}
-		case quoted:
-		case c == '{' || c == '[':
-			depth++
-		case c == '}' || c == ']':
-			if depth == 0 { // the end of what the value is in
-				return i
-			}
-			if depth--; depth == 0 {
-				return i + 1
-			}
-		case depth == 0 && strings.IndexByte(", \t\r\n", c) >= 0:
-			return i
+func skip(text []byte) []byte { return bytes.TrimLeft(text, space) }
+
+// plainSize is the length of the JSON value (RFC 8259) that text begins with; 0 where there is none, or one that is not
+// plain: deep, or with strings that plainString declines, or numbers other than small natural ones.
+func plainSize(text []byte) int { return plainSizeWithin(text, 10) }
+
+func plainSizeWithin(text []byte, depth int) int {
+	if len(text) == 0 || depth == 0 {
+		return 0
+	}
+	switch c := text[0]; {
+	case c == '{' || c == '[':
+		return plainListSize(text, depth)
+	case c == '"':
+		end := bytes.IndexByte(text[1:], '"') + 2
+		if _, ok := plainString(text[:end]); !ok || end < 2 {
+			return 0
+		}
+		return end
+	case '1' <= c && c <= '9':
+		end := len(text) - len(bytes.TrimLeft(text, "0123456789"))
+		if _, ok := plainNumber(text[:end]); !ok {
+			return 0
+		}
+		return end
+	}
+	for _, word := range []string{"true", "false", "null", "0"} {
+		if bytes.HasPrefix(text, []byte(word)) {
+			return len(word)
 		}
 	}
-	return len(text)
+	return 0
+}
+
+// plainListSize is plainSizeWithin for an object or an array.
+func plainListSize(text []byte, depth int) int {
+	last := text[0] + 2 // in ASCII, what closes comes two after what opens
+	rest := skip(text[1:])
+	for first := true; ; first = false {
+		if first && len(rest) > 0 && rest[0] == last {
+			return len(text) - len(rest) + 1
+		}
+		if last == '}' {
+			size := 0
+			if len(rest) > 0 && rest[0] == '"' {
+				size = plainSizeWithin(rest, depth-1)
+			}
+			if rest = skip(rest[size:]); size == 0 || len(rest) == 0 || rest[0] != ':' {
+				return 0
+			}
+			rest = skip(rest[1:])
+		}
+		size := plainSizeWithin(rest, depth-1)
+		if rest = skip(rest[size:]); size == 0 || len(rest) == 0 {
+			return 0
+		}
+		switch rest[0] {
+		case last:
+			return len(text) - len(rest) + 1
+		case ',':
+			rest = skip(rest[1:])
+		default:
+			return 0
+		}
+	}
 }
 
 // plainString reads a string of printable ASCII without escapes.
@@ -192,6 +227,25 @@ func plainNumber(value []byte) (n int, ok bool) {
 	return n, len(value) > 0 && len(value) < 10
 }
 
+// plain is r as encoding/json writes it; nil where it declines, as it does for what has delegates.
+func (r record) plain() []byte {
+	w := plainWriter{fine: len(r.Delegates) == 0 && r.Delegates != nil}
+	w.add(`{"network":`).quote(r.Network).add(`,"container":`).quote(r.Container)
+	w.add(`,"interface":`).quote(r.Interface).add(`,"veth":`).quote(r.Veth)
+	w.add(`,"ifindex":` + strconv.Itoa(r.Index) + `,"mac":"` + r.MAC.String() + `","addresses":`).list(r.Addrs)
+	if len(r.Apart) > 0 {
+		w.add(`,"apart":`).list(r.Apart)
+	}
+	if r.Namespace != "" {
+		w.add(`,"namespace":`).quote(r.Namespace)
+	}
+	w.add(`,"delegates":[]}`)
+	if !w.fine {
+		return nil
+	}
+	return w.text
+}
+
 // PrintResult prints a result as types.PrintResult does, but for its spaces.
 func PrintResult(r *types100.Result, version string) error {
 	text := plainResult(r, version)
@@ -253,6 +307,17 @@ func (w *plainWriter) comma(i int) *plainWriter {
 		w.text = append(w.text, ',')
 	}
 	return w
+}
+
+func (w *plainWriter) list(prefixes []netip.Prefix) *plainWriter {
+	if prefixes == nil {
+		return w.add("null")
+	}
+	w.add("[")
+	for i, p := range prefixes {
+		w.comma(i).add(`"` + p.String() + `"`)
+	}
+	return w.add("]")
 }
 
 func (w *plainWriter) quote(s string) *plainWriter {

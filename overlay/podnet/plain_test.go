@@ -135,3 +135,43 @@ func printed(t *testing.T, r *types100.Result, version string, write func(*types
 	}
 	return read
 }
+
+func TestRecordIsWrittenOtherwise(t *testing.T) {
+	full := func() record {
+		return record{
+			Network: "tweed", Container: "c1", Interface: "eth0", Veth: "tweed0123456789", Index: 7, MAC: podMAC(prefixes(subnet4)),
+			Addrs: prefixes("10.244.3.2/24", "fd00:10:244:3::2/64"), Apart: prefixes("10.244.3.2/24"), Namespace: "default",
+			Delegates: []json.RawMessage{},
+		}
+	}
+	plainly := map[string]func(*record){
+		"all of it": func(*record) {}, "no address yet": func(r *record) { r.Addrs, r.Apart, r.Index = nil, nil, 0 },
+		"no namespace": func(r *record) { r.Namespace = "" },
+	}
+	declined := map[string]func(*record){
+		"a delegate": func(r *record) { r.Delegates = []json.RawMessage{json.RawMessage(`{"type":"portmap"}`)} },
+		"no list":    func(r *record) { r.Delegates = nil },
+		"an escape":  func(r *record) { r.Network = `"` },
+	}
+	for what, change := range plainly {
+		r := full()
+		change(&r)
+		want, err := json.Marshal(r)
+		if text := r.plain(); err != nil || string(text) != string(want) {
+			t.Errorf("%s: %s, want %s, %v", what, text, want, err)
+		}
+	}
+	for what, change := range declined {
+		r := full()
+		change(&r)
+		if text := r.plain(); text != nil {
+			t.Errorf("%s: %s", what, text)
+		}
+	}
+	for i := range reflect.TypeFor[record]().NumField() {
+		f := reflect.TypeFor[record]().Field(i)
+		if f.IsExported() && reflect.ValueOf(full()).Field(i).IsZero() {
+			t.Errorf("the test leaves out %s", f.Name)
+		}
+	}
+}

@@ -722,8 +722,9 @@ func TestConfigurationIsWrong(t *testing.T) {
 		{`{` + head + `"name": "tweed", "dns": []}`, 7, []string{"dns is []"}},
 		{`{` + head + `"name": "tweed", "ipam": {"type": "host-local"}}`, 2, []string{"ipam", "host-local"}},
 		{`{` + head + `"name": "tweed", "ipMasq": false}`, 2, []string{"ipMasq is false"}},
-		{`{` + head + `"runDir": "/run/tweed"}`, 7, []string{"missing network name"}},
-		{`{"type": "tweed-cni", "name": "tweed"}`, 1, nil},
+		{`{` + head + `"runDir": "/run/tweed"}`, 7, []string{"name is missing"}},
+		{`{"type": "tweed-cni", "name": "tweed"}`, 1, []string{`cniVersion is ""`, "0.3.0, 0.3.1"}},
+		{`{"cniVersion": "1.2.0", "type": "tweed-cni", "name": "tweed"}`, 1, []string{`cniVersion is "1.2.0"`}},
 		{`{` + head + `"name": "tw eed"}`, 7, []string{"tw eed"}},
 		{`{` + head, 6, nil},
 		{``, 6, nil},
@@ -748,15 +749,21 @@ func TestEnvironmentIsWrong(t *testing.T) {
 	good := `{"cniVersion": "1.1.0", "name": "tweed", "type": "tweed-cni", "runDir": "` + n.runDir + `"}`
 	for env, says := range map[string]string{
 		"CNI_IFNAME=sixteen-letters-": "too long",
-		"CNI_IFNAME=a/b":              "contains",
-		"CNI_IFNAME=a b":              "contains",
+		"CNI_IFNAME=..":               "directory",
+		"CNI_IFNAME=a/b":              "must not contain",
+		"CNI_IFNAME=a b":              "must not contain",
 		"CNI_IFNAME=":                 "CNI_IFNAME",
 		"CNI_CONTAINERID=":            "CNI_CONTAINERID",
-		"CNI_CONTAINERID=../x":        "containerID",
+		"CNI_CONTAINERID=../x":        `CNI_CONTAINERID is "../x"`,
 		"CNI_NETNS=":                  "CNI_NETNS",
+		"CNI_PATH=":                   "CNI_PATH",
 		"CNI_COMMAND=FLY":             "FLY",
 	} {
 		wantCode(t, env, n.call("ADD", good, env), 4, says)
+	}
+	for verb, version := range map[string]string{"CHECK": "0.3.1", "STATUS": "1.0.0", "GC": "1.0.0"} {
+		older := strings.Replace(good, "1.1.0", version, 1)
+		wantCode(t, verb, n.call(verb, older, "CNI_NETNS="+netnstest.New(t).Path()), 1, verb, version)
 	}
 	n.wantNothing("bad environments")
 }
@@ -764,18 +771,19 @@ func TestEnvironmentIsWrong(t *testing.T) {
 func TestPluginIsRunByHand(t *testing.T) {
 	n := newNode(t)
 	for _, tt := range []struct {
-		args []string
-		want string
-		code int
+		args, env []string
+		want      string
+		code      int
 	}{
-		{nil, "CNI protocol versions supported: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0", 0},
-		{[]string{"--version"}, "tweed-cni unreleased", 0},
-		{[]string{"--help"}, "Its only argument is --version", 2},
+		{nil, nil, "CNI protocol versions supported: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0", 0},
+		{[]string{"--version"}, nil, "tweed-cni unreleased", 0},
+		{[]string{"--help"}, nil, "Its only argument is --version", 2},
+		{nil, []string{"CNI_COMMAND=VERSION"},
+			`{"cniVersion":"1.1.0","supportedVersions":["0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}`, 0},
 	} {
 		cmd := n.command("", "", "", "")
 		cmd.Args = append(cmd.Args, tt.args...)
-		cmd.Env = nil
-		cmd.Env = append(cmd.Env, "PATH=")
+		cmd.Env = append([]string{"PATH="}, tt.env...)
 		out, _ := cmd.CombinedOutput()
 		if !strings.Contains(string(out), tt.want) || cmd.ProcessState.ExitCode() != tt.code {
 			t.Errorf("%v: %d %s", tt.args, cmd.ProcessState.ExitCode(), out)
