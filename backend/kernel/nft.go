@@ -356,7 +356,7 @@ func (c nftChain) leads(way masq.Jump) bool {
 	hook := masq.HookOf(way.From)
 	return c.base && c.typ == hook.Type && c.hook == hookNumber(hook) && int(c.priority) == hook.Priority &&
 		c.policy == nfAccept && len(c.rules) == 1 &&
-		textOf(c.rules[0].exprs) == textOf([]nftExpr{verdict(unix.NFT_JUMP, way.Chain.Name)})
+		textOf(c.rules[0].exprs) == textOf(jumpExprs(way))
 }
 
 // hookNumber is what the kernel calls a hook.

@@ -93,9 +93,8 @@ func (n *nftables) changeJump(do backend.Verb, j masq.Jump) (changes []nftChange
 	})
 	m.be32(unix.NFTA_CHAIN_POLICY, nfAccept)
 	m.string(unix.NFTA_CHAIN_TYPE, hook.Type)
-	jump := []nftExpr{verdict(unix.NFT_JUMP, j.Chain.Name)}
 	return append(changes, nftChange{unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE | unix.NLM_F_EXCL, m},
-		newRule(j.Base(), jump, unix.NLM_F_APPEND, 0)), nil
+		newRule(j.Base(), jumpExprs(j), unix.NLM_F_APPEND, 0)), nil
 }
 
 // newRule puts a rule behind the one with the handle beside, or in front of it; if that is 0, at the end or the start.

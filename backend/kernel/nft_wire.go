@@ -128,6 +128,10 @@ func exprs(family masq.Family, r masq.Rule) []nftExpr {
 	return append(all, verdictOf(r)...)
 }
 
+func jumpExprs(j masq.Jump) []nftExpr {
+	return append(exprs(j.Chain.Family, j.Match()), verdict(unix.NFT_JUMP, j.Chain.Name))
+}
+
 // verdictOf returns the steps of what happens to a packet that r matches. What is dropped is counted.
 func verdictOf(r masq.Rule) []nftExpr {
 	switch r.Verdict {

@@ -52,11 +52,11 @@ iptables -t raw -N TWEED-RAW-IN
 iptables -t raw -I TWEED-RAW-IN 1 % -m addrtype --dst-type LOCAL -m set --match-set tweed-peers4 src # -j CT --notrack
 iptables -t raw -N TWEED-RAW-OUT
 iptables -t raw -I TWEED-RAW-OUT 1 % -m set --match-set tweed-peers4 dst # -j CT --notrack
-iptables -t filter -A INPUT # -j TWEED-INPUT
-iptables -t mangle -I FORWARD 1 # -j TWEED-GUARD-FWD
-iptables -t mangle -I INPUT 1 # -j TWEED-GUARD-IN
-iptables -t raw -I PREROUTING 1 # -j TWEED-RAW-IN
-iptables -t raw -I OUTPUT 1 # -j TWEED-RAW-OUT
+iptables -t filter -A INPUT -p udp # -j TWEED-INPUT
+iptables -t mangle -I FORWARD 1 -p udp # -j TWEED-GUARD-FWD
+iptables -t mangle -I INPUT 1 -p udp # -j TWEED-GUARD-IN
+iptables -t raw -I PREROUTING 1 -p udp # -j TWEED-RAW-IN
+iptables -t raw -I OUTPUT 1 -p udp # -j TWEED-RAW-OUT
 `)
 	if got := commands(added(c)); got != want {
 		t.Errorf("got:\n%s\nwant:\n%s", got, want)
@@ -68,16 +68,16 @@ func TestPortIsGuardedByNftables(t *testing.T) {
 	c.Network = network(t, "10.244.0.0/16") // pods of the other family alone
 	base := func(hook, priority, chain string) string {
 		return "nft 'add chain ip6 tweed " + hook + " { type filter hook " + hook + " priority " + priority +
-			" ; } ; flush chain ip6 tweed " + hook + " ; add rule ip6 tweed " + hook + " jump " + chain + " comment tweed'\n"
+			" ; } ; flush chain ip6 tweed " + hook + " ; add rule ip6 tweed " + hook + " meta l4proto udp jump " + chain + " comment tweed'\n"
 	}
 	want := strings.NewReplacer("#", "comment tweed").Replace(`nft add table ip6 tweed
 nft 'add set ip6 tweed peers { type ipv6_addr ; }'
 nft 'add element ip6 tweed peers { 2001:db8::12 }'
 nft add chain ip6 tweed guard-forward
-nft insert rule ip6 tweed guard-forward iifname 'tweed*' udp dport 8472 counter drop #
+nft insert rule ip6 tweed guard-forward iifname "tweed*" udp dport 8472 counter drop #
 nft add rule ip6 tweed guard-forward index 0 udp dport 8472 ct status dnat ip6 daddr @peers counter drop #
 nft add chain ip6 tweed guard-input
-nft insert rule ip6 tweed guard-input iifname 'tweed*' udp dport 8472 counter drop #
+nft insert rule ip6 tweed guard-input iifname "tweed*" udp dport 8472 counter drop #
 nft add rule ip6 tweed guard-input index 0 udp dport 8472 ct status dnat counter drop #
 nft add rule ip6 tweed guard-input index 1 udp dport 8472 ip6 saddr != @peers counter drop #
 nft add chain ip6 tweed untracked-in

@@ -61,13 +61,16 @@ func (c Config) toNodes(subnet netip.Prefix) (rules []Rule) {
 // here and for pods here, but for the answers to what came to a port of this node and was sent on to a pod. The caller
 // sent that past the tunnel, and so it is to be answered. Both have the same addresses on their way through this host;
 // only who tracks connections knows them apart.
+//
+// What pods send each other needs no mark to get there, and with one the tunnel would look up the way to the other node
+// for each packet.
 func (c Config) addMarks(r *Ruleset, network netip.Prefix) {
 	own := inFamily(c.Subnets, network)
 	if c.Device == "" || len(own) == 0 {
 		return
 	}
 	way := marksWay(c.Form, FamilyOf(network.Addr()))
-	var rules []Rule
+	rules := []Rule{{Src: network, Dst: network, Verdict: Return}}
 	for _, s := range own {
 		rules = append(rules,
 			Rule{Src: s, Translated: true, Answers: true, Verdict: Return},

@@ -171,9 +171,22 @@ type Jump struct {
 // Base returns the chain that j leads from.
 func (j Jump) Base() Chain { return Chain{j.Chain.Family, j.Chain.Table, j.From, j.Chain.Variant} }
 
+// Match is what all packets are that j takes, as a rule without a verdict. Those that its chain has nothing to say of go
+// past it, for each rule that they are asked by takes its time.
+func (j Jump) Match() Rule {
+	switch j.Chain.Name {
+	case GuardInput, GuardForward, UntrackedIn, UntrackedOut, Input,
+		GuardInputNFT, GuardForwardNFT, UntrackedInNFT, UntrackedOutNFT:
+		return Rule{UDP: true}
+	case Marks, MarksNFT:
+		return Rule{In: OurDevices}
+	}
+	return Rule{}
+}
+
 // Args returns what makes up the rule in iptables' words.
 func (j Jump) Args() []string {
-	return []string{"-m", "comment", "--comment", Comment, "-j", j.Chain.Name}
+	return append(j.Match().matchArgs(), "-m", "comment", "--comment", Comment, "-j", j.Chain.Name)
 }
 
 // A Guest is a rule of ours in a chain of others, in nftables.
@@ -231,6 +244,19 @@ type Rule struct {
 
 // Args returns r in iptables' words, in the order in which iptables -S prints them.
 func (r Rule) Args() []string {
+	w := r.matchArgs()
+	w.when(true, "-m", "comment", "--comment", Comment)
+	if r.Verdict == NoTrack {
+		return append(w, "-j", "CT", "--notrack")
+	}
+	w.when(true, "-j", string(r.Verdict))
+	w.when(r.Verdict == SetMark, "--set-xmark", fmt.Sprintf("%#x/%#x", r.Bits, r.Bits))
+	w.when(r.Ports != PortRange{}, "--to-ports", fmt.Sprintf("%d-%d", r.Ports.First, r.Ports.Last))
+	w.when(r.Verdict == Masquerade, "--random-fully")
+	return w
+}
+
+func (r Rule) matchArgs() words {
 	w := words{}
 	w.prefix("-s", r.Src, r.NotSrc)
 	w.prefix("-d", r.Dst, r.NotDst)
@@ -245,22 +271,26 @@ func (r Rule) Args() []string {
 	w.when(r.Answers, "--ctdir", "REPLY")
 	w.matchSet(r.SrcIn, "src", r.NotSrcIn)
 	w.matchSet(r.DstIn, "dst", r.NotDstIn)
-	w.when(true, "-m", "comment", "--comment", Comment)
-	if r.Verdict == NoTrack {
-		return append(w, "-j", "CT", "--notrack")
-	}
-	w.when(true, "-j", string(r.Verdict))
-	w.when(r.Verdict == SetMark, "--set-xmark", fmt.Sprintf("%#x/%#x", r.Bits, r.Bits))
-	w.when(r.Ports != PortRange{}, "--to-ports", fmt.Sprintf("%d-%d", r.Ports.First, r.Ports.Last))
-	w.when(r.Verdict == Masquerade, "--random-fully")
 	return w
 }
 
 // Words returns r in the words of nft, as it is known in one family.
 func (r Rule) Words(family Family) []string {
+	w := r.matchWords(family)
+	w.when(r.Verdict == Drop, "counter")
+	if r.Verdict == SetMark {
+		return append(w, "meta", "mark", "set", "meta", "mark", "or", fmt.Sprintf("%#x", r.Bits), "comment", Comment)
+	}
+	w.when(true, strings.ToLower(string(r.Verdict)))
+	w.when(r.Ports != PortRange{}, "to", fmt.Sprintf(":%d-%d", r.Ports.First, r.Ports.Last))
+	w.when(r.Verdict == Masquerade, "fully-random")
+	return append(w, "comment", Comment)
+}
+
+func (r Rule) matchWords(family Family) words {
 	w := words{}
 	w.when(r.Mark != 0, "meta", "mark", "and", fmt.Sprintf("%#x", r.Mark), "==", fmt.Sprintf("%#x", r.Mark))
-	w.when(r.In != "", "iifname", "'"+r.In+"*'") // quoted for the shell
+	w.when(r.In != "", "iifname", `"`+r.In+`*"`)
 	w.when(r.Out != "", "oifname", r.Out)
 	w.compare(family, "saddr", text(r.Src), r.NotSrc)
 	w.compare(family, "daddr", text(r.Dst), r.NotDst)
@@ -271,14 +301,7 @@ func (r Rule) Words(family Family) []string {
 	w.when(r.Answers, "ct", "direction", "reply")
 	w.compare(family, "saddr", r.SrcIn.mention(), r.NotSrcIn)
 	w.compare(family, "daddr", r.DstIn.mention(), r.NotDstIn)
-	w.when(r.Verdict == Drop, "counter")
-	if r.Verdict == SetMark {
-		return append(w, "meta", "mark", "set", "meta", "mark", "or", fmt.Sprintf("%#x", r.Bits), "comment", Comment)
-	}
-	w.when(true, strings.ToLower(string(r.Verdict)))
-	w.when(r.Ports != PortRange{}, "to", fmt.Sprintf(":%d-%d", r.Ports.First, r.Ports.Last))
-	w.when(r.Verdict == Masquerade, "fully-random")
-	return append(w, "comment", Comment)
+	return w
 }
 
 // words are those of a rule while it is put into words.
@@ -395,8 +418,9 @@ func (j Jump) nft(do backend.Verb) string {
 		return fmt.Sprintf("nft 'flush chain %s ; delete chain %s'", from, from)
 	}
 	hook := HookOf(j.From)
-	return fmt.Sprintf("nft 'add chain %s { type %s hook %s priority %d ; } ; flush chain %s ; add rule %s jump %s "+
-		"comment %s'", from, hook.Type, hook.Name, hook.Priority, from, from, j.Chain.Name, Comment)
+	return fmt.Sprintf("nft 'add chain %s { type %s hook %s priority %d ; } ; flush chain %s ; add rule %s %s'",
+		from, hook.Type, hook.Name, hook.Priority, from, from,
+		strings.Join(append(j.Match().matchWords(j.Chain.Family), "jump", j.Chain.Name, "comment", Comment), " "))
 }
 
 // Command implements backend.Object.

@@ -71,6 +71,7 @@ const (
 func Chains() []Chain {
 	return []Chain{
 		{Name: "prerouting", Hook: true, Rules: []Rule{
+			ownTCP(), // most of what there is, and never judged otherwise
 			sort("ip", unix.ETH_P_IP, "pod-ipv4"),
 			sort("ip6", unix.ETH_P_IPV6, "pod-ipv6"),
 			sort("arp", unix.ETH_P_ARP, "pod-arp"),
@@ -155,6 +156,12 @@ func accept(words string, match ...[]Step) Rule {
 func own(protocol string, number uint16, addr field) Rule {
 	return accept(fmt.Sprintf("meta protocol %s iifname . ether saddr . %s @%s", protocol, addr.words, addr.set()),
 		carries(number), find(false, ether, addr))
+}
+
+// ownTCP is own for TCP over IPv4.
+func ownTCP() Rule {
+	return accept("meta protocol ip meta l4proto tcp iifname . ether saddr . ip saddr @ipv4", carries(unix.ETH_P_IP),
+		[]Step{meta(unix.NFT_META_L4PROTO), equal([]byte{unix.IPPROTO_TCP})}, find(false, ether, ipv4Source))
 }
 
 // A field is where a MAC or an address stands in a frame.

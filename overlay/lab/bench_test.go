@@ -19,9 +19,6 @@ const (
 	requestsGoal    = 0.95
 	connectionsGoal = 0.90
 	spoofingGoal    = 0.95 // of the requests without what keeps pods from sending as others
-
-	dataRounds = 11
-	dataTime   = 250 * time.Millisecond
 )
 
 // BenchmarkDataPath measures what pods reach, on one node and from node to node, in turns with the same wired by hand:
@@ -30,8 +27,8 @@ const (
 func BenchmarkDataPath(b *testing.B) {
 	for b.Loop() {
 		d := newDataPath(b)
-		for range dataRounds {
-			d.round(dataTime)
+		for i, l := range loads() {
+			d.measure(i, l)
 		}
 		d.report()
 		d.judge()
@@ -44,7 +41,10 @@ func TestDataPathIsMeasured(t *testing.T) {
 	d := newDataPath(t)
 	var still []string
 	for range 20 {
-		d.round(20 * time.Millisecond)
+		for i, l := range loads() {
+			l.rounds, l.turn = 1, 20*time.Millisecond
+			d.measure(i, l)
+		}
 		if still = d.still(); len(still) == 0 {
 			return
 		}
@@ -227,15 +227,39 @@ func (d *dataPath) add(p *way) {
 	d.ways = append(d.ways, p)
 }
 
-// round makes each kind of traffic on each way, in turns.
-func (d *dataPath) round(each time.Duration) {
-	for i, l := range loads() {
-		for _, p := range d.ways {
-			rate, err := l.run(p.route, each)
-			if err != nil {
-				d.Fatalf("%s, %s, %s: %v", p.name, p.where, l.name, err)
+// measure makes the i-th kind of traffic on each way, in turns.
+func (d *dataPath) measure(i int, l load) {
+	type caller struct {
+		turns chan time.Duration
+		rate  chan float64
+		ended chan error
+	}
+	callers := make([]caller, len(d.ways))
+	for n, p := range d.ways {
+		c := caller{make(chan time.Duration), make(chan float64), make(chan error, 1)}
+		callers[n] = c
+		go func() { c.ended <- l.run(p.route, c.turns, c.rate) }()
+	}
+	failed := func(p *way, err error) { d.Fatalf("%s, %s, %s: %v", p.name, p.where, l.name, err) }
+	for range l.rounds {
+		for n, p := range d.ways {
+			select {
+			case callers[n].turns <- l.turn:
+			case err := <-callers[n].ended:
+				failed(p, err)
 			}
-			p.rates[i] = append(p.rates[i], rate)
+			select {
+			case rate := <-callers[n].rate:
+				p.rates[i] = append(p.rates[i], rate)
+			case err := <-callers[n].ended:
+				failed(p, err)
+			}
+		}
+	}
+	for n, p := range d.ways {
+		close(callers[n].turns)
+		if err := <-callers[n].ended; err != nil {
+			failed(p, err)
 		}
 	}
 }
@@ -250,7 +274,7 @@ func (d *dataPath) report() {
 	for i, l := range loads() {
 		for _, p := range d.ways {
 			d.Logf("%-15s %-12s %-25s %9.5g %s (%.5g - %.5g), of the floor %.2f", l.name, p.where, p.name,
-				quantile(p.rates[i], 0.5), l.unit, slices.Min(p.rates[i]), slices.Max(p.rates[i]), d.ofFloor(p, i))
+				quantile(p.rates[i], 0.5), l.unit, quantile(p.rates[i], 0.1), quantile(p.rates[i], 0.9), d.ofFloor(p, i))
 		}
 	}
 }

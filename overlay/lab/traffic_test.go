@@ -18,18 +18,38 @@ type route struct {
 	source, addr netip.Addr
 }
 
-// A load is one kind of traffic. run makes it for a while and returns how much there was in a second.
+// A load is one kind of traffic. run makes it in turns, each for a while, and tells of each how much there was in a
+// second.
 type load struct {
 	name, unit string
-	run        func(r route, d time.Duration) (float64, error)
+	rounds     int
+	turn       time.Duration
+	run        func(r route, turns <-chan time.Duration, rate chan<- float64) error
 }
 
+// loads are such that they take the same time. What is small is made in many short turns: the machine is as fast for one
+// as for the next.
 func loads() []load {
+	const long, short = 250 * time.Millisecond, 5 * time.Millisecond
 	return []load{
-		{"TCP, one stream", "Gbit/s", stream},
-		{"UDP, 64 bytes", "packets/s", datagrams},
-		{"requests", "1/s", requests},
-		{"connections", "1/s", connections},
+		{"TCP, one stream", "Gbit/s", 11, long, anew(stream)},
+		{"UDP, 64 bytes", "packets/s", 11, long, anew(datagrams)},
+		{"requests", "1/s", 550, short, requests},
+		{"connections", "1/s", 550, short, connections},
+	}
+}
+
+// anew makes a load of one that begins anew each turn.
+func anew(f func(route, time.Duration) (float64, error)) func(route, <-chan time.Duration, chan<- float64) error {
+	return func(r route, turns <-chan time.Duration, rate chan<- float64) error {
+		for d := range turns {
+			done, err := f(r, d)
+			if err != nil {
+				return err
+			}
+			rate <- done
+		}
+		return nil
 	}
 }
 
@@ -62,21 +82,22 @@ func stream(r route, d time.Duration) (float64, error) {
 }
 
 // requests are bytes that are each sent back before the next.
-func requests(r route, d time.Duration) (float64, error) {
-	return serve(r, echo, func(to unix.Sockaddr, _ *atomic.Int64) (float64, error) {
+func requests(r route, turns <-chan time.Duration, rate chan<- float64) error {
+	_, err := serve(r, echo, func(to unix.Sockaddr, _ *atomic.Int64) (float64, error) {
 		conn, err := dialTCP(r, to)
 		if err != nil {
 			return 0, err
 		}
 		defer unix.Close(conn)
-		return repeat(d, func() error { return ask(conn) })
+		return 0, repeat(turns, rate, func() error { return ask(conn) })
 	})
+	return err
 }
 
 // connections are each opened, used for one request and reset, so that none waits for its end.
-func connections(r route, d time.Duration) (float64, error) {
-	return serve(r, echo, func(to unix.Sockaddr, _ *atomic.Int64) (float64, error) {
-		return repeat(d, func() error {
+func connections(r route, turns <-chan time.Duration, rate chan<- float64) error {
+	_, err := serve(r, echo, func(to unix.Sockaddr, _ *atomic.Int64) (float64, error) {
+		return 0, repeat(turns, rate, func() error {
 			conn, err := dialTCP(r, to)
 			if err != nil {
 				return err
@@ -86,6 +107,7 @@ func connections(r route, d time.Duration) (float64, error) {
 				unix.Close(conn))
 		})
 	})
+	return err
 }
 
 // datagrams are counted where they arrive.
@@ -197,15 +219,18 @@ func ask(conn int) error {
 	return nil
 }
 
-// repeat does something again and again, and returns how often in a second.
-func repeat(d time.Duration, f func() error) (float64, error) {
-	n, start := 0, time.Now()
-	for ; time.Since(start) < d; n++ {
-		if err := f(); err != nil {
-			return 0, err
+// repeat does something again and again, in turns, and tells of each how often in a second.
+func repeat(turns <-chan time.Duration, rate chan<- float64, f func() error) error {
+	for d := range turns {
+		n, start := 0, time.Now()
+		for ; time.Since(start) < d; n++ {
+			if err := f(); err != nil {
+				return err
+			}
 		}
+		rate <- float64(n) / time.Since(start).Seconds()
 	}
-	return float64(n) / time.Since(start).Seconds(), nil
+	return nil
 }
 
 // patience is how long a call may wait for the other end. The kernel does not send a lost packet again sooner than after
