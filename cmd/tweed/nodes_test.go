@@ -336,6 +336,7 @@ func TestOlderPeerChangesHowOthersAreSeen(t *testing.T) {
 			c.reaches(1, 2)
 			c.serve(1, 2)
 			pings := c.pings(1, 2)
+			c.allAnswered(pings)
 			for range 2 {
 				c.record()
 				for n := 1; n <= 2; n++ {
