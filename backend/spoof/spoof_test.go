@@ -79,6 +79,7 @@ func FuzzParseEntry(f *testing.F) {
 	for _, e := range Entries("tweed0123456789", backend.MAC{2, 0, 0, 0, 0, 1}, addrs("10.0.0.1", "fd00::1")) {
 		f.Add(string(e.Set), e.key())
 	}
+	f.Add(string(MACs), []byte("a-name-too-long-macmac--"))
 	f.Fuzz(func(t *testing.T, set string, key []byte) {
 		s := Set(set)
 		if !slices.Contains(Sets(), s) {

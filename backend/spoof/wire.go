@@ -1,6 +1,7 @@
 package spoof
 
 import (
+	"bytes"
 	"encoding/binary"
 	"net/netip"
 	"slices"
@@ -149,7 +150,8 @@ func (e Entry) key() []byte {
 	return k
 }
 
-// ParseEntry reads the key of an element, and reports false if it is none of the set's.
+// ParseEntry reads the key of an element, and reports false if it is none that a frame can have: a name that is too long
+// for a device, or something where nothing is.
 func ParseEntry(s Set, key []byte) (Entry, bool) {
 	e := Entry{Set: s}
 	if len(key) != int(s.keyLen()) {
@@ -162,7 +164,7 @@ func ParseEntry(s Set, key []byte) (Entry, bool) {
 	if s == IPv4 || s == IPv6 {
 		e.Addr, _ = netip.AddrFromSlice(key[sizeIfname+sizeMAC:])
 	}
-	return e, true
+	return e, bytes.Equal(e.key(), key)
 }
 
 // A body is that of a message, or of an attribute that has others in it: attributes.
