@@ -8,8 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"tweed.dev/tweed/e2e/cluster"
 )
@@ -114,6 +116,18 @@ func (k *kube) taken(t *testing.T, host string) map[netip.Addr]string {
 
 // verbs calls what containerd does not, CHECK and GC, for pods that containerd has attached.
 func (k *kube) verbs(t *testing.T) {
+	cluster.AwaitLong(t, "the pods of earlier stories to be gone", 2*time.Minute, func() error {
+		namespaces, err := k.API.CoreV1().Namespaces().List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, n := range namespaces.Items {
+			if n.DeletionTimestamp != nil {
+				return fmt.Errorf("namespace %s is on its way out", n.Name)
+			}
+		}
+		return nil
+	})
 	s, h := k.story(t), k.Host("n1")
 	stays, goes := s.server("stays", "n1"), s.server("goes", "n1")
 	all := attachments(t, h)
