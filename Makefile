@@ -26,7 +26,7 @@ unit: ## unit, property, script and kernel tests
 	go test -p 1 -timeout 30m ./... # one package after the other, or compiling the next takes the processor from daemons
 	cd manifests && go vet ./... && go test ./...
 
-FUZZTIME ?= 30s
+FUZZTIME ?= 10s
 
 # A target that is written but not listed (behind a build tag, or in another module) would never run.
 fuzz: ## each parser on made-up input, for FUZZTIME
