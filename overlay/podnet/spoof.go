@@ -136,12 +136,19 @@ func judge(entries []spoof.Entry) error {
 // What nftables knows of a pod whose record was lost does no harm: no other pod gets the name of the veth. The daemon
 // takes it away.
 func (h *host) removeJudged(rec record) error {
-	_ = h.shut(rec) // what is no port, or gone, lets nothing in
-	if nft, err := dialNFT(); err == nil {
+	unshut := h.shut(rec) != nil // or gone, or no port; then it stays judged as long as it is there
+	nft, unasked := dialNFT()
+	if unasked == nil {
 		defer nft.close()
+	}
+	if unasked == nil && !unshut {
 		nft.acquit(rec)
 	}
-	return h.remove(rec.Veth, rec.Index)
+	err := h.remove(rec.Veth, rec.Index)
+	if err == nil && unasked == nil && unshut {
+		nft.acquit(rec)
+	}
+	return err
 }
 
 // acquit takes away what nftables knows of a pod. The table may be gone, or not know it.
