@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 
@@ -170,7 +169,7 @@ func (s *store) claim(r record) (*hold, error) {
 }
 
 func (s *store) create(r record) (h *hold, tmp string, err error) {
-	f, err := s.temporary()
+	f, err := os.CreateTemp(s.podDir(), litter) // by a name that never was: a sweep may take it away before it is locked
 	if err != nil {
 		return nil, "", err
 	}
@@ -180,16 +179,6 @@ func (s *store) create(r record) (h *hold, tmp string, err error) {
 		h.release()
 	}
 	return h, f.Name(), err
-}
-
-// temporary makes a file that nobody else has.
-func (s *store) temporary() (*os.File, error) {
-	for n := os.Getpid(); ; n++ { // of several namespaces, perhaps
-		f, err := open(s.pod(litter+strconv.Itoa(n)), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		if !errors.Is(err, fs.ErrExist) {
-			return f, err
-		}
-	}
 }
 
 // clear makes way for r where an earlier attachment of the same name is gone without a DEL.
