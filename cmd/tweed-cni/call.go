@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"unicode"
@@ -47,8 +48,8 @@ func verbNamed(name string) (verb, bool) {
 }
 
 // serve does what CNI_COMMAND in the environment names. The error has its code of the CNI spec (section 5, "Error").
-func serve(env func(string) string, stdin io.Reader) *types.Error {
-	name := env("CNI_COMMAND")
+func serve() *types.Error {
+	name := os.Getenv("CNI_COMMAND")
 	if name == "VERSION" {
 		return printVersions()
 	}
@@ -57,12 +58,13 @@ func serve(env func(string) string, stdin io.Reader) *types.Error {
 		return refuse(types.ErrInvalidEnvironmentVariables,
 			"CNI_COMMAND is %q; it must be ADD, DEL, CHECK, STATUS, GC or VERSION", name)
 	}
-	pod := podnet.Pod{Container: env("CNI_CONTAINERID"), NetNS: env("CNI_NETNS"), Interface: env("CNI_IFNAME"),
-		Path: env("CNI_PATH"), Args: env("CNI_ARGS"), Namespace: podnet.NamespaceOf(env("CNI_ARGS"))}
-	if err := v.fits(env, pod); err != nil {
+	args := os.Getenv("CNI_ARGS")
+	pod := podnet.Pod{Container: os.Getenv("CNI_CONTAINERID"), NetNS: os.Getenv("CNI_NETNS"),
+		Interface: os.Getenv("CNI_IFNAME"), Path: os.Getenv("CNI_PATH"), Args: args, Namespace: podnet.NamespaceOf(args)}
+	if err := v.fits(name, pod); err != nil {
 		return err
 	}
-	text, err := io.ReadAll(stdin)
+	text, err := io.ReadAll(os.Stdin)
 	if err != nil {
 		return refuse(types.ErrIOFailure, "reading the network configuration from stdin: %v", err)
 	}
@@ -80,11 +82,11 @@ func serve(env func(string) string, stdin io.Reader) *types.Error {
 }
 
 // fits checks the environment.
-func (v verb) fits(env func(string) string, pod podnet.Pod) *types.Error {
+func (v verb) fits(name string, pod podnet.Pod) *types.Error {
 	for _, key := range v.needs {
-		if env(key) == "" {
+		if os.Getenv(key) == "" {
 			return refuse(types.ErrInvalidEnvironmentVariables, "%s is missing from the environment; the runtime must set it "+
-				"for %s", key, env("CNI_COMMAND"))
+				"for %s", key, name)
 		}
 	}
 	if !slices.Contains(v.needs, "CNI_IFNAME") {
@@ -147,10 +149,18 @@ func unfitInterface(name string) string {
 	return ""
 }
 
-// printVersions answers VERSION.
+// printVersions answers VERSION, in the version of the CNI spec that it was asked in (section 5, "Version") or the newest.
+// A person who types the command need not type a configuration.
 func printVersions() *types.Error {
 	all := versions()
-	_, err := fmt.Printf(`{"cniVersion":%q,"supportedVersions":["%s"]}`+"\n", all[len(all)-1], strings.Join(all, `","`))
+	answer := all[len(all)-1]
+	if info, err := os.Stdin.Stat(); err == nil && info.Mode()&os.ModeCharDevice == 0 {
+		text, _ := io.ReadAll(os.Stdin) // what cannot be read asks in no version
+		if conf, err := podnet.ParseConfig(text); err == nil && slices.Contains(all, conf.CNIVersion) {
+			answer = conf.CNIVersion
+		}
+	}
+	_, err := fmt.Printf(`{"cniVersion":%q,"supportedVersions":["%s"]}`+"\n", answer, strings.Join(all, `","`))
 	if err != nil {
 		return refuse(types.ErrIOFailure, "printing the versions: %v", err)
 	}

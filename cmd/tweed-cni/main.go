@@ -34,7 +34,7 @@ func run(args []string) int {
 		fmt.Fprintf(os.Stderr, "%s\nCNI protocol versions supported: %s\n", about, strings.Join(versions(), ", "))
 		return 0
 	}
-	if err := serve(os.Getenv, os.Stdin); err != nil {
+	if err := serve(); err != nil {
 		if err := err.Print(); err != nil {
 			fmt.Fprintln(os.Stderr, "tweed-cni: printing the error:", err)
 		}

@@ -791,6 +791,23 @@ func TestPluginIsRunByHand(t *testing.T) {
 	}
 }
 
+func TestVersionIsAskedInAnother(t *testing.T) {
+	n := newNode(t)
+	for stdin, want := range map[string]string{
+		`{"cniVersion": "0.4.0"}`:                 "0.4.0",
+		`{"cniVersion": "1.0.0", "name": "pods"}`: "1.0.0",
+		`{"cniVersion": "0.1.0"}`:                 "1.1.0",
+		`{"cniVersion": 1}`:                       "1.1.0",
+		`{`:                                       "1.1.0",
+		"":                                        "1.1.0",
+	} {
+		out, err := n.command("VERSION", "", "", stdin).CombinedOutput()
+		if want = `{"cniVersion":"` + want + `","supportedVersions":["0.3.0",`; err != nil || !strings.HasPrefix(string(out), want) {
+			t.Errorf("%s: %v %s, not %s...", stdin, err, out, want)
+		}
+	}
+}
+
 func TestPodsOfAFormerSubnetLive(t *testing.T) {
 	n := newNode(t, subnet4)
 	pod := netnstest.New(t)
