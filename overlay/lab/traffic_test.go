@@ -27,13 +27,13 @@ type load struct {
 	run        func(r route, turns <-chan time.Duration, rate chan<- float64) error
 }
 
-// loads are such that they take the same time. What is small is made in many short turns: the machine is as fast for one
-// as for the next.
+// loads are in long turns where traffic takes a while to get going. What is small is made in many short ones: the machine is
+// as fast for one as for the next.
 func loads() []load {
 	const long, short = 250 * time.Millisecond, 5 * time.Millisecond
 	return []load{
-		{"TCP, one stream", "Gbit/s", 11, long, anew(stream)},
-		{"UDP, 64 bytes", "packets/s", 11, long, anew(datagrams)},
+		{"TCP, one stream", "Gbit/s", 33, long, anew(stream)},
+		{"UDP, 64 bytes", "packets/s", 33, long, anew(datagrams)},
 		{"requests", "1/s", 550, short, requests},
 		{"connections", "1/s", 550, short, connections},
 	}
