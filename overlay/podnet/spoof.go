@@ -136,17 +136,18 @@ func judge(entries []spoof.Entry) error {
 // What nftables knows of a pod whose record was lost does no harm: no other pod gets the name of the veth. The daemon
 // takes it away.
 func (h *host) removeJudged(rec record) error {
-	unshut := h.shut(rec) != nil // or gone, or no port; then it stays judged as long as it is there
-	nft, unasked := dialNFT()
-	if unasked == nil {
+	acquit := func() {}
+	if nft, err := dialNFT(); err == nil {
 		defer nft.close()
+		acquit = func() { nft.acquit(rec) }
 	}
-	if unasked == nil && !unshut {
-		nft.acquit(rec)
+	if h.shut(rec) == nil {
+		acquit()
+		return h.remove(rec.Veth, rec.Index)
 	}
-	err := h.remove(rec.Veth, rec.Index)
-	if err == nil && unasked == nil && unshut {
-		nft.acquit(rec)
+	err := h.remove(rec.Veth, rec.Index) // gone, or no port, or an open one: that stays judged as long as it is there
+	if err == nil {
+		acquit()
 	}
 	return err
 }
